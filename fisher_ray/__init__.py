@@ -1,0 +1,68 @@
+"""Fisher feature maps of PyTorch networks, computed as a batch job on Ray, and shallow models trained on them.
+
+Names are loaded when first used, so that importing the package, or asking the command line for help, is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fisher_ray.config import Config
+    from fisher_ray.errors import (
+        ConfigError,
+        DataError,
+        FisherRayError,
+        ModelError,
+        RequestError,
+        ResumeMismatchError,
+        StoppedError,
+        StorageError,
+        StoreError,
+        WorkersLostError,
+    )
+    from fisher_ray.gradients import class_scores, per_sample_gradients
+    from fisher_ray.metric import LowRankMetric
+    from fisher_ray.store import FeatureStore, open_features
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataError",
+    "FeatureStore",
+    "FisherRayError",
+    "LowRankMetric",
+    "ModelError",
+    "RequestError",
+    "ResumeMismatchError",
+    "StoppedError",
+    "StorageError",
+    "StoreError",
+    "WorkersLostError",
+    "class_scores",
+    "open_features",
+    "per_sample_gradients",
+]
+
+_ROOMS = {
+    "config": ("Config",),
+    "gradients": ("class_scores", "per_sample_gradients"),
+    "metric": ("LowRankMetric",),
+    "store": ("FeatureStore", "open_features"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOM_OF.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

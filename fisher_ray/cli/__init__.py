@@ -1,0 +1,8 @@
+"""The command line: argv and YAML to a configuration and the pipeline.
+
+The only place that configures logging, draws progress and turns errors into exit codes.
+"""
+
+from fisher_ray.cli.commands import job, main
+
+__all__ = ["job", "main"]

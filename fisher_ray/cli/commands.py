@@ -1,0 +1,193 @@
+"""The commands. What computes is imported inside them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fisher_ray import __version__
+from fisher_ray.cli.exits import error_exits
+from fisher_ray.errors import StoreError
+
+if TYPE_CHECKING:
+    from fisher_ray.config import Config
+
+Until = Literal["base", "metric", "features", "linear", "report"] | None
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration, a YAML file.")]
+ConfigOption = Annotated[Path, typer.Option("--config", metavar="PATH", help="Configuration, a YAML file.")]
+UrlArgument = Annotated[str, typer.Argument(metavar="URL", help="A store: a local path or s3://bucket/prefix.")]
+Output = Annotated[str | None, typer.Option("--output", metavar="URL", help="Run folder, instead of 'output'.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, as in a.b=value; repeatable.")
+]
+Address = Annotated[str | None, typer.Option("--address", help="Ray cluster; by default RAY_ADDRESS, else embedded.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew in the same folder instead of resuming.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+_STAGES: dict[str, tuple[Until, str]] = {
+    "run": (None, "Run every stage, and print the comparison."),
+    "fit-metric": ("metric", "Run up to the Fisher metric."),
+    "write-features": ("features", "Run up to the feature stores."),
+    "train": ("linear", "Run up to the linear model."),
+    "evaluate": ("report", "Run up to the report, and print the comparison."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``fisher-ray`` on ``arguments`` (by default the process's) and exit."""
+    _app()(args=arguments, prog_name="fisher-ray")
+
+
+def job(command: str, arguments: Sequence[str] | None = None) -> None:
+    """Run one command of ``fisher-ray`` with its configuration as ``--config PATH``, and exit.
+
+    Args:
+        command: ``run``, ``fit-metric``, ``write-features``, ``train`` or ``evaluate``.
+        arguments: by default the process's.
+    """
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    until, text = _STAGES[command]
+    app.command(help=text)(_stage_command(until, ConfigOption))
+    app(args=arguments)
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        help="Fisher feature maps of PyTorch networks, as a Ray batch job, and shallow models on them.",
+        epilog="Exit codes: 0 done; 2 request wrong; 3 data wrong; 4 stopped, run again to resume; 1 other.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for name, (until, text) in _STAGES.items():
+        app.command(name, help=text)(_stage_command(until, ConfigArgument))
+    for command in (plan, verify, inspect, demo):
+        app.command()(command)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def _stage_command(until: Until, config_type: Any) -> Callable[..., None]:
+    def command(
+        config: Path,
+        output: Output = None,
+        overrides: Overrides = None,
+        address: Address = None,
+        fresh: Fresh = False,
+        debug: Debug = False,
+        quiet: Quiet = False,
+    ) -> None:
+        with error_exits(debug):
+            _run(_read(config, overrides, output), until, address, fresh, debug, quiet)
+
+    command.__annotations__ = {**command.__annotations__, "config": config_type}
+    return command
+
+
+def demo(
+    output: Output = None,
+    overrides: Overrides = None,
+    address: Address = None,
+    fresh: Fresh = False,
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every stage on handwritten digits.
+
+    They come with scikit-learn; a few minutes on two cores, nothing to download.
+    """
+    with error_exits(debug), as_file(files("fisher_ray") / "demo.yaml") as path:
+        _run(_read(path, overrides, output), None, address, fresh, debug, quiet)
+
+
+def plan(config: ConfigArgument, output: Output = None, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Print what would run, and do nothing.
+
+    Units, memory per actor, bytes, objects, time.
+    """
+    with error_exits(debug):
+        settings = _read(config, overrides, output)
+        from fisher_ray import pipeline
+
+        _print_mapping(pipeline.plan(settings))
+
+
+def verify(url: UrlArgument, debug: Debug = False) -> None:
+    """Check every chunk of a store.
+
+    A chunk that is missing, changed or foreign is named, and the exit code is 3.
+    """
+    with error_exits(debug):
+        from fisher_ray import store
+
+        problems = store.verify(url)
+        for problem in problems:
+            typer.echo(problem)
+        if problems:
+            raise StoreError(
+                f"{url} does not hold what was written: {len(problems)} problem(s), listed above. "
+                "Restore these files from a copy, or write the store again with --fresh."
+            )
+        typer.echo(f"{url}: whole")
+
+
+def inspect(url: UrlArgument, debug: Debug = False) -> None:
+    """Print what a store holds."""
+    with error_exits(debug):
+        from fisher_ray import store
+
+        _print_mapping(store.describe(url))
+
+
+def _read(path: Path, overrides: list[str] | None, output: str | None) -> Config:
+    from fisher_ray.config import Config
+
+    # JSON is YAML, and quotes what YAML would read as something else than text
+    replaced = [] if output is None else [f"output={json.dumps(output)}"]
+    return Config.from_yaml(path, [*(overrides or ()), *replaced])
+
+
+def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: bool, quiet: bool) -> None:
+    from rich.console import Console
+
+    from fisher_ray import pipeline, report
+    from fisher_ray.cli.progress import configure_logging, show_progress
+
+    console = Console(stderr=True)
+    configure_logging(console, debug)
+    with nullcontext() if quiet else show_progress(console) as progress:
+        results = pipeline.run(config, address=address, fresh=fresh, until=until, progress=progress)
+    if until in (None, "report"):
+        Console().print(report.render_table(results))
+        typer.echo(f"report: {config.output.rstrip('/')}/report/report.html")
+    else:
+        typer.echo(f"{until}: {config.output}")
+
+
+def _print_mapping(values: dict[str, Any]) -> None:
+    import yaml
+
+    typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())

@@ -1,0 +1,250 @@
+"""The configuration: small frozen models, checked once, without side effects."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fisher_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `true` is not 1
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class SourceConfig(_Section):
+    """Where one split's rows come from."""
+
+    format: Literal["parquet", "numpy", "zarr", "torch"] = "parquet"
+    path: str | None = None
+    """File, glob (files in sorted order) or URL, joined to ``data.root``.
+
+    An ``.npz`` or Zarr group has ``inputs`` and ``labels``.
+    """
+    rows: tuple[int, int] | None = None
+    """Half-open range of rows over the files in order."""
+    factory: str | None = None
+    """``module:function`` returning a map-style dataset of ``(input, label)``, for ``format: torch``."""
+    kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        wanted, other = ("factory", "path") if self.format == "torch" else ("path", "factory")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise ValueError(f"format {self.format!r} takes {wanted!r} and not {other!r}")
+        if self.rows is not None and not 0 <= self.rows[0] < self.rows[1]:
+            raise ValueError(f"rows {list(self.rows)} is not a range [start, stop) with 0 <= start < stop")
+        return self
+
+
+class DataConfig(_Section):
+    """The three splits, and how a row becomes a tensor."""
+
+    root: str = "."
+    on_error: Literal["stop", "skip"] = "stop"
+    train: SourceConfig | None = None
+    shallow: SourceConfig
+    test: SourceConfig
+    transform: str | None = None
+    """``module:function`` called as ``transform(image, generator)``."""
+
+
+class ModelConfig(_Section):
+    """The network: ``factory(**kwargs)`` and, optionally, its state dict."""
+
+    factory: str
+    kwargs: dict[str, Any] = {}
+    checkpoint: str | None = None
+
+
+class BaseConfig(_Section):
+    """Brief training of the base network, by SGD."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    snapshots: tuple[PositiveInt, ...] = ()
+    """Steps after which the weights are also kept, as ``base/step-N.safetensors``."""
+
+
+class ScoresConfig(_Section):
+    """Which labels' scores, of which parameters (glob)."""
+
+    labels: Literal["all", "true", "sampled", "uniform"] = "all"
+    parameters: str = "*"
+
+
+class CompressionConfig(_Section):
+    """From P parameters to D coordinates."""
+
+    kind: Literal["kronecker", "identity"] = "kronecker"
+    dim: PositiveInt = 1024
+
+
+class MetricConfig(_Section):
+    """The low-rank Fisher metric in the D coordinates."""
+
+    estimator: Literal["exact"] = "exact"
+    structure: Literal["global"] = "global"
+    rank: PositiveInt = 1024
+    damping: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Relative to the mean eigenvalue; ``auto`` minimises the held-out log-det divergence."""
+    fraction: Fraction = 0.1
+
+
+class StoreConfig(_Section):
+    """How features are stored."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    chunk_rows: PositiveInt = 1024
+    codec: Literal["none", "zstd"] = "none"
+
+
+class LinearConfig(_Section):
+    """The shallow model."""
+
+    model: Literal["ridge", "logistic"] = "ridge"
+    views: Literal[1, 2] = 1
+    """2 averages the features of an image and of its mirror image."""
+    hidden: bool = True
+    """Also use the last hidden layer (the last layer's input factor)."""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the training rows cut off to choose the penalty."""
+    penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """Grid, relative to the mean diagonal of the standardised Gram matrix."""
+    max_steps: PositiveInt = 40
+    """L-BFGS steps of ``logistic``."""
+
+
+class RuntimeConfig(_Section):
+    """Workers and units."""
+
+    num_workers: Literal["auto"] | PositiveInt = "auto"
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    unit_rows: PositiveInt = 2048
+    micro_batch: PositiveInt = 64
+    max_attempts: PositiveInt = 3
+    wait_s: PositiveFloat = 600.0
+
+
+class Config(_Section):
+    """One run, whole. Read it from YAML with ``Config.from_yaml``."""
+
+    output: str
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    data: DataConfig
+    model: ModelConfig
+    base: BaseConfig | None = None
+    scores: ScoresConfig = ScoresConfig()
+    compression: CompressionConfig = CompressionConfig()
+    metric: MetricConfig = MetricConfig()
+    store: StoreConfig = StoreConfig()
+    linear: LinearConfig = LinearConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.base is None) == (self.model.checkpoint is None):
+            raise ValueError("give either 'base' (train the network here) or 'model.checkpoint' (load it), not both")
+        if self.base is not None and self.data.train is None:
+            raise ValueError("'base' needs 'data.train'")
+        if self.runtime.unit_rows % self.store.chunk_rows:
+            rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
+            raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
+        if self.compression.kind != "identity" and self.metric.rank > self.compression.dim:
+            raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")
+        if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
+            raise ValueError(f"base.snapshots {list(self.base.snapshots)} go beyond base.steps {self.base.steps}")
+        return self
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Check ``values``.
+
+        Raises:
+            ConfigError: naming every wrong key by its full path, its value, and the nearest right key.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            messages = (_explain(item) for item in error.errors())
+            raise ConfigError("; ".join(dict.fromkeys(messages))) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+        """Read ``path`` (safe YAML) and apply ``overrides`` of the form ``a.b=value``.
+
+        Raises:
+            ConfigError: if the file is missing, is not a YAML mapping, or breaks a rule.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"configuration {path}: {error.strerror}. Give the path of a YAML file.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {path} is not a mapping of keys to values")
+        for override in overrides:
+            _override(values, override)
+        return cls.from_dict(values)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} is not of the form a.b=value")
+    *path, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+    node = values
+    for part in path:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} holds {child!r}, not a section")
+        node = child
+    node[last] = value
+
+
+def _fields(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation if str(part) in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+_UNION_MEMBERS = ("literal[", "constrained-")
+"""How pydantic marks, inside a location, which alternative of a field it tried."""
+
+
+def _explain(item: Any) -> str:
+    path = tuple(part for part in item["loc"] if not str(part).startswith(_UNION_MEMBERS))
+    key = ".".join(str(part) for part in path) or "configuration"
+    if item["type"] == "extra_forbidden":
+        known = _fields(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if item["type"] == "missing":
+        return f"missing key {key!r}"
+    given = "" if isinstance(item["input"], dict) else f" (given {item['input']!r})"
+    return f"{key}: {item['msg'].removeprefix('Value error, ')}{given}"

@@ -1,0 +1,22 @@
+"""Linear models from mergeable sums: ridge in closed form, preconditioned logistic regression, accuracy."""
+
+from fisher_ray.linear.lbfgs import Minimum, minimise
+from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, preconditioner
+from fisher_ray.linear.ridge import LinearWeights, ridge_path
+from fisher_ray.linear.scoring import accuracy, wilson_interval
+from fisher_ray.linear.sums import GramSum, select_columns, standardise
+
+__all__ = [
+    "GramSum",
+    "LinearWeights",
+    "Minimum",
+    "Preconditioner",
+    "accuracy",
+    "loss_and_gradient",
+    "minimise",
+    "preconditioner",
+    "ridge_path",
+    "select_columns",
+    "standardise",
+    "wilson_interval",
+]

@@ -1,0 +1,36 @@
+"""Accuracy, and how far it can be trusted."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from fisher_ray.errors import DataError
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Return the share of rows whose largest score ``(B, C)`` is their label's ``(B,)``; the first wins a tie.
+
+    Raises:
+        DataError: if there are no rows, their numbers differ, or a score is NaN.
+    """
+    if scores.ndim != 2 or not len(scores) or labels.shape != scores.shape[:1]:
+        raise DataError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)} are not (B, C) and (B,), B > 0")
+    if bool(scores.isnan().any()):
+        raise DataError("a score is NaN: look at the features and the model's weights")
+    return int((scores.argmax(1) == labels.to(scores.device)).sum()) / len(labels)
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's score interval (1927) for ``correct`` of ``n``; ``z = 1.96`` covers 95 %.
+
+    Raises:
+        DataError: unless ``0 ≤ correct ≤ n`` and ``n > 0``.
+    """
+    if n <= 0 or not 0 <= correct <= n:
+        raise DataError(f"{correct} correct of {n} is not a share")
+    share, weight = correct / n, z * z / n
+    centre = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    return max(0.0, centre - half), min(1.0, centre + half)

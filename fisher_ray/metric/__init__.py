@@ -1,0 +1,17 @@
+"""The Fisher metric: mergeable sums, Kronecker basis, low-rank metric, whitening."""
+
+from fisher_ray.metric.fisher import FisherSum, decompose, held_out_damping
+from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases
+from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
+
+__all__ = [
+    "FisherSum",
+    "KroneckerSums",
+    "LowRankMetric",
+    "bases_from",
+    "basis_arrays",
+    "choose_bases",
+    "decompose",
+    "held_out_damping",
+    "identity_bases",
+]

@@ -1,0 +1,97 @@
+"""Plain records that travel between rooms and processes. Axes: see the names in each docstring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive rows of one split that one worker computes in one go.
+
+    Attributes:
+        index: position in the plan, from 0.
+        start: first row of the split (inclusive).
+        stop: last row (exclusive).
+    """
+
+    index: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded samples.
+
+    Attributes:
+        inputs: float32, shape ``(B, *input_shape)``.
+        labels: int64, shape ``(B,)``.
+        index: int64, shape ``(B,)``: row in the split.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class LayerBasis:
+    """Kronecker basis of one layer, and which products of it are kept.
+
+    Attributes:
+        name: the module's name in the network.
+        inputs: ``(A, I)``, columns span the layer's input factors (a trailing 1 for the bias included).
+        outputs: ``(O, J)``, columns span the backpropagated factors.
+        pairs: int64 ``(K, 2)``: kept coordinates as (output column, input column).
+    """
+
+    name: str
+    inputs: Tensor
+    outputs: Tensor
+    pairs: Tensor
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a finished unit tells the driver: never arrays.
+
+    Attributes:
+        unit: the unit.
+        attempt: from 1.
+        seconds: wall time, by part (read, compute, write).
+        num_bytes: bytes written.
+        device: the worker's device name.
+        skipped: rows left out under ``data.on_error: skip``, with reasons.
+    """
+
+    unit: Unit
+    attempt: int = 1
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_bytes: int = 0
+    device: str = "cpu"
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+class Progress(Protocol):
+    """Hears how a run goes on; the command line draws it."""
+
+    def stage_started(self, name: str, total: int | None) -> None:
+        """A stage starts, with so many units if it has any."""
+
+    def unit_done(self, stage: str, receipt: Receipt) -> None:
+        """A unit of ``stage`` is finished."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line happened: a retry, a lost worker, a resumed stage."""
+
+    def stage_done(self, name: str, seconds: float) -> None:
+        """A stage ended after ``seconds`` of wall time."""

@@ -1,0 +1,90 @@
+"""The models side by side, as text: the rows of every table and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fisher_ray.linear import wilson_interval
+
+LABELS = {
+    "base": "base network",
+    "linear_probe": "linear probe on its last hidden layer",
+    "trained_on": "base trained on, same data and time",
+    "gradnet": "GradNet",
+    "fisher_linear": "linear model on Fisher features",
+}
+"""What each key of ``accuracy`` is called, in the order shown."""
+OPTIONAL = ("gradnet",)
+"""Models that are left out, rather than shown as not run, when they have no accuracy."""
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on the clean test samples.
+
+    Attributes:
+        key: in ``results["accuracy"]``.
+        label: what it is called.
+        accuracy: a share, or None when the model was not run.
+        interval: its 95 % interval, or None.
+        gain: accuracy less the base network's, or None, as for the base network itself.
+    """
+
+    key: str
+    label: str
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    gain: float | None
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Return label, accuracy, difference to the base in points, and interval, ready to print."""
+        accuracy = ABSENT if self.accuracy is None else percent(self.accuracy)
+        gain = ABSENT if self.gain is None else f"{100 * self.gain:+.1f}".replace("-", "−")
+        interval = ABSENT if self.interval is None else f"{100 * self.interval[0]:.1f} – {100 * self.interval[1]:.1f} %"
+        return self.label, accuracy, gain, interval
+
+
+def compare(results: Mapping[str, Any], intervals: Mapping[str, Sequence[float]] | None = None) -> list[Row]:
+    """List the models in order.
+
+    Args:
+        results: the content of ``results.json``.
+        intervals: 95 % intervals by key; Wilson's where there is none.
+    """
+    accuracies, rows = results["accuracy"], []
+    for key, label in LABELS.items():
+        accuracy = accuracies.get(key)
+        if accuracy is None:
+            rows += [] if key in OPTIONAL else [Row(key, label, None, None, None)]
+            continue
+        low, high = (intervals or {}).get(key) or wilson_interval(
+            round(accuracy * results["num_test"]), results["num_test"]
+        )
+        base = accuracies.get("base")
+        gain = None if key == "base" or base is None else accuracy - base
+        rows.append(Row(key, label, accuracy, (low, high), gain))
+    return rows
+
+
+def conditions(results: Mapping[str, Any]) -> str:
+    """Say on what the models were compared."""
+    text = f"{results['num_test']:,} clean test samples, the same for every model"
+    if results.get("views") == 2:
+        text += "; every model's scores or features averaged over a sample and its mirror image"
+    return text
+
+
+def percent(share: float) -> str:
+    """Format a share as per cent."""
+    return f"{100 * share:.1f} %"
+
+
+def seconds(value: float) -> str:
+    """Format a duration."""
+    if value < 100:
+        return f"{value:.1f} s"
+    hours, minutes = divmod(round(value / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{value:.0f} s"

@@ -1,0 +1,131 @@
+"""Figures as inline SVG whose colours and font are the page's own, so that they follow its light and dark theme."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from fisher_ray.report.comparison import Row, percent, seconds
+
+_INK, _ACCENT, _BAR, _LINE = "#010101", "#020202", "#030303", "#040404"
+_THEME = {_INK: "--ink", _ACCENT: "--accent", _BAR: "--bar", _LINE: "--line"}
+"""Colours drawn with, and the page's variables that take their place."""
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "grid.color": _LINE,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+_INCHES = 4.6
+"""Width: on a phone the letters are then about as large as the page's."""
+
+
+@mpl.rc_context(_STYLE)
+def accuracy_bars(rows: Sequence[Row]) -> str:
+    """Draw the models' accuracies with their intervals."""
+    shown = [row for row in rows if row.accuracy is not None and row.interval is not None]
+    figure, axes = _start(0.52 * len(shown) + 0.6)
+    for place, row in enumerate(shown):
+        value, (low, high) = row.accuracy or 0.0, row.interval or (0.0, 0.0)
+        axes.barh(place, value, height=0.3, color=_ACCENT if row.key == "fisher_linear" else _BAR)
+        axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=_INK, capsize=3, linewidth=1.2)
+        axes.text(0, place - 0.24, row.label, va="bottom")
+        axes.text(1, place - 0.24, percent(value), va="bottom", ha="right")
+    axes.set(xlim=(0, 1), ylim=(len(shown) - 0.6, -0.75), xlabel="accuracy on the test samples")
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    _only_bottom(axes)
+    text = "; ".join(f"{row.label} {row.cells()[1]}, interval {row.cells()[3]}" for row in shown)
+    return _svg(figure, "accuracy", f"Bar chart of test accuracies with 95 % intervals: {text}.")
+
+
+@mpl.rc_context(_STYLE)
+def spectrum(eigvals: Sequence[float], damping: float) -> str:
+    """Draw the metric's eigenvalues and the damping, on logarithmic axes."""
+    positive = [value for value in eigvals if value > 0]
+    figure, axes = _start(3.0)
+    axes.loglog(range(1, len(positive) + 1), positive, color=_ACCENT, linewidth=2)
+    if damping > 0:
+        axes.axhline(damping, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(f"damping {damping:.2g}", (1, damping), (2, 3), textcoords="offset points", va="bottom")
+    axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the Fisher metric")
+    axes.grid(True, linewidth=0.5)
+    text = f"{len(positive)} eigenvalues from {positive[0]:.2g} to {positive[-1]:.2g}, damping {damping:.2g}."
+    return _svg(figure, "spectrum", f"Line chart on logarithmic axes: {text}")
+
+
+@mpl.rc_context(_STYLE)
+def stage_seconds(stages: Mapping[str, float]) -> str:
+    """Draw the wall time of each stage."""
+    figure, axes = _start(0.3 * len(stages) + 0.6)
+    names, values = list(stages), list(stages.values())
+    axes.barh(range(len(names)), values, height=0.6, color=_BAR)
+    for place, value in enumerate(values):
+        axes.annotate(seconds(value), (value, place), (4, 0), textcoords="offset points", va="center")
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="seconds", xlim=(0, 1.25 * max(values) or 1))
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.tick_params(axis="y", length=0)
+    text = ", ".join(f"{name} {seconds(value)}" for name, value in stages.items())
+    return _svg(figure, "seconds", f"Bar chart of seconds per stage: {text}.")
+
+
+@mpl.rc_context(_STYLE)
+def penalty_path(path: Sequence[Mapping[str, Any]]) -> str:
+    """Draw validation accuracy against the penalty, the best one marked."""
+    points = sorted((float(point["penalty"]), float(point["accuracy"])) for point in path)
+    best = max(points, key=lambda point: point[1])
+    figure, axes = _start(3.0)
+    axes.semilogx(*zip(*points, strict=True), color=_BAR, marker="o", linewidth=2)
+    axes.plot(*best, color=_ACCENT, marker="o", markersize=9)
+    axes.annotate(f"{best[0]:g}: {percent(best[1])}", best, (0, 9), textcoords="offset points", ha="center")
+    axes.set_xticks([penalty for penalty, _ in points], [f"{penalty:g}" for penalty, _ in points])
+    axes.minorticks_off()
+    axes.margins(x=0.16, y=0.25)
+    axes.set(xlabel="penalty, relative", ylabel="validation accuracy")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.1f} %")
+    axes.grid(True, linewidth=0.5)
+    text = ", ".join(f"{percent(accuracy)} at {penalty:g}" for penalty, accuracy in points)
+    return _svg(figure, "penalty", f"Line chart of validation accuracy against the penalty: {text}.")
+
+
+def _start(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_INCHES, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots()
+
+
+def _only_bottom(axes: Axes) -> None:
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # else a formula starts
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style type.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text)  # one page, several figures: ids stay unique
+    text = re.sub(r"font: ((?:\w+ )?[\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
+    for colour, variable in _THEME.items():
+        text = text.replace(colour, f"var({variable})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

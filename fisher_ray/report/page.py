@@ -1,0 +1,183 @@
+"""One self-contained HTML page about a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from fisher_ray.report.comparison import compare, conditions, seconds
+from fisher_ray.report.table import COLUMNS
+from fisher_ray.storage import Storage
+
+MOST_SKIPPED = 100
+"""Skipped rows that are listed; beyond them, only their number is."""
+
+_STAGES = {"trained_on": "training on"}
+"""Stages that are called otherwise than their key."""
+
+_CSS = """
+:root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  --page: #ffffff; --ink: #1c2127; --soft: #59636e; --line: #d5dae0;
+  --bar: #98a5b3; --accent: #0969a8; --tint: #f3f6f9; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #14181d; --ink: #e4e8ec; --soft: #9aa5b1; --line: #38414b;
+  --bar: #5f6f7f; --accent: #5bb4f5; --tint: #1c2229; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 var(--font); overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p { margin: .5rem 0; max-width: 46rem; } .soft, caption, figcaption { color: var(--soft); font-size: .9rem; }
+.verdict { border-left: .25rem solid var(--accent); background: var(--tint); padding: .75rem 1rem; }
+.wide { overflow-x: auto; } .wide + .wide { margin-top: 1.5rem; }
+table { border-collapse: collapse; } caption { text-align: left; padding-bottom: .4rem; }
+th, td { text-align: left; padding: .4rem 1.2rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; } tbody th { font-weight: 400; } td { font-variant-numeric: tabular-nums; }
+.numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
+.chosen th, .chosen td { font-weight: 600; color: var(--accent); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2.5rem; }
+figure { margin: 0; max-width: 34rem; } figure svg { display: block; width: 100%; height: auto; }
+figcaption { margin-top: .3rem; } pre { background: var(--tint); padding: 1rem; overflow-x: auto; font-size: .85rem; }
+summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
+@media (max-width: 32rem) { th, td { padding-right: .6rem; font-size: .9rem; } }
+"""
+
+
+def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    """Write ``report/report.html`` and then ``report/results.json``.
+
+    Args:
+        storage: the run folder.
+        results: the content of ``results.json``; accuracies may be None.
+        details: what only the page shows; every key may be missing or empty: ``eigvals`` and ``damping``, ``path``
+            (of ``penalty``, ``accuracy``), ``seconds`` by stage, ``config`` (text), ``layers`` (of ``name``,
+            ``coordinates``, ``shape``), ``skipped`` (of ``split``, ``row``, ``reason``), ``intervals`` by model,
+            ``verdict``, ``environment``.
+
+    Raises:
+        ValueError: if a result is NaN or infinite, which JSON cannot hold.
+        StorageError: if the folder cannot be written.
+    """
+    document = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    storage.write_bytes("report/report.html", render_page(results, details).encode())
+    storage.write_bytes("report/results.json", document.encode())
+
+
+def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    """Return the page; see :func:`write_report`."""
+    verdict = f'<p class="verdict">{escape(details["verdict"])}</p>' if details.get("verdict") else ""
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"><title>fisher_ray: what the run found</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f"<style>{_CSS}</style></head><body><main>",
+        f'<header><h1>What the run found</h1><p class="soft">{escape(conditions(results))}.</p>{verdict}</header>',
+        _comparison(results, details),
+        _figures(results, details),
+        _run(results, details),
+        _skipped(details.get("skipped") or []),
+        _background(details),
+        "</main></body></html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _comparison(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    rows = compare(results, details.get("intervals"))
+    caption = "Accuracy, difference to the base network in percentage points, and 95 % interval"
+    chosen = [position for position, row in enumerate(rows) if row.key == "fisher_linear"]
+    table = _table(COLUMNS, [row.cells() for row in rows], caption, kind="numbers", chosen=chosen)
+    return f"<section><h2>Comparison</h2>{table}</section>"
+
+
+def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    from fisher_ray.report import figures  # here, so that a table in the terminal does without matplotlib
+
+    drawn = []
+    rows = compare(results, details.get("intervals"))
+    if any(row.accuracy is not None for row in rows):
+        drawn.append(
+            (figures.accuracy_bars(rows), "Accuracy on the test samples; the whiskers are 95\u00a0% intervals.")
+        )
+    if details.get("path"):
+        text = "Accuracy on the validation rows against the penalty; the best penalty is kept."
+        drawn.append((figures.penalty_path(details["path"]), text))
+    if any(value > 0 for value in details.get("eigvals") or []):
+        text = "Eigenvalues of the Fisher metric. Directions below the damping count for less."
+        drawn.append((figures.spectrum(details["eigvals"], details.get("damping") or 0.0), text))
+    if stages := _stages(results, details):
+        drawn.append((figures.stage_seconds(stages), "Wall time of each stage."))
+    if not drawn:
+        return ""
+    body = "".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in drawn)
+    return f'<section><h2>Figures</h2><div class="figures">{body}</div></section>'
+
+
+def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    rates = results.get("samples_per_second") or {}
+    rows = [
+        (name, seconds(value), f"{rates[name]:,.0f}" if rates.get(name) is not None else "")
+        for name, value in _stages(results, details).items()
+    ]
+    parts = [f"<p>The linear model has {results['num_features']:,} features a sample.</p>"]
+    if rows:
+        parts.append(_table(("stage", "wall time", "samples per second"), rows, "Stages", kind="numbers"))
+    layers = [
+        (layer["name"], _shape(layer["shape"]), f"{layer['coordinates']:,}") for layer in details.get("layers") or []
+    ]
+    if layers:
+        columns = ("layer", "shape", "coordinates kept")
+        parts.append(_table(columns, layers, "Layers whose gradients are used", kind="numbers"))
+    return f"<section><h2>The run</h2>{''.join(parts)}</section>"
+
+
+def _skipped(skipped: Sequence[Mapping[str, Any]]) -> str:
+    if not skipped:
+        return ""
+    rows = [(item["split"], item["row"], item["reason"]) for item in skipped[:MOST_SKIPPED]]
+    more = f"<p>And {len(skipped) - MOST_SKIPPED:,} more.</p>" if len(skipped) > MOST_SKIPPED else ""
+    caption = f"{len(skipped):,} {'row' if len(skipped) == 1 else 'rows'} left out, with the reason"
+    return f"<section><h2>Skipped rows</h2>{_table(('split', 'row', 'reason'), rows, caption)}{more}</section>"
+
+
+def _background(details: Mapping[str, Any]) -> str:
+    parts = []
+    if details.get("config"):
+        parts.append(
+            f'<details><summary>Configuration</summary><pre tabindex="0">{escape(details["config"])}</pre></details>'
+        )
+    if environment := details.get("environment"):
+        table = _table(("what", "value"), environment.items(), "Versions and machines")
+        parts.append(f"<details><summary>Environment</summary>{table}</details>")
+    return f"<section><h2>How to repeat it</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _stages(results: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, float]:
+    stages = details.get("seconds") or results.get("seconds") or {}
+    return {_STAGES.get(name, name): value for name, value in stages.items() if value is not None}
+
+
+def _shape(shape: Any) -> str:
+    return " × ".join(map(str, shape)) if isinstance(shape, list | tuple) else str(shape)
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    caption: str,
+    *,
+    kind: str = "",
+    chosen: Sequence[int] = (),
+) -> str:
+    """Mark up a table whose first column names the rows; every text is escaped."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = []
+    for position, (name, *values) in enumerate(rows):
+        cells = "".join(f"<td>{escape(str(value))}</td>" for value in values)
+        mark = ' class="chosen"' if position in chosen else ""
+        body.append(f'<tr{mark}><th scope="row">{escape(str(name))}</th>{cells}</tr>')
+    text = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    region = f'<div class="wide" role="region" aria-label="{escape(caption)}" tabindex="0">'
+    return f'{region}<table class="{kind}">{text}</table></div>'

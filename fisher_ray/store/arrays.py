@@ -1,0 +1,122 @@
+"""Groups of arrays written by one process in one go: a metric, sums, a linear model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fisher_ray.errors import StoreError
+from fisher_ray.storage import Storage
+from fisher_ray.store.chunks import entry, new_chunk, read_chunk, seal_chunk
+from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root, read_sealed
+from fisher_ray.store.layout import ATTRIBUTE, ROOT, SCHEMA, SEAL, Layout, check_layout
+from fisher_ray.store.zarr_group import metadata_files
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    """Write a sealed group; the same input gives the same files. A group of this program at ``url`` is replaced.
+
+    Args:
+        url: a local path or ``s3://``.
+        arrays: by name, any shape, of booleans, integers or floats; stored in their own type, uncompressed.
+        attributes: JSON values.
+
+    Raises:
+        StoreError: if an array or attribute cannot be stored, or ``url`` holds something else.
+        StorageError: if it cannot be written.
+    """
+    storage, layouts = Storage(url), {name: _layout(name, np.asarray(value)) for name, value in arrays.items()}
+    own = {"schema": SCHEMA, "kind": "arrays", "arrays": {name: item.to_json() for name, item in layouts.items()}}
+    files = metadata_files(layouts.values(), {**plain(attributes), ATTRIBUTE: own})
+    _clear(storage)
+    entries = [entry(name, raw) for name, raw in files.items()]
+    for name, raw in files.items():
+        storage.write_bytes(name, raw)
+    for name, layout in layouts.items():
+        value = np.asarray(arrays[name])
+
+        def write(chunk: int, layout: Layout = layout, value: np.ndarray = value) -> dict[str, Any]:
+            return _write_chunk(storage, layout, value, chunk)
+
+        entries += each(storage, write, range(layout.num_chunks))
+    entries.sort(key=lambda item: str(item["key"]))
+    storage.write_bytes(SEAL, pack({"schema": SCHEMA, "kind": "arrays", "files": entries}))
+
+
+def load_arrays(url: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return all arrays of a group from :func:`save_arrays`, and its attributes.
+
+    Raises:
+        StoreError: if there is none, it is not sealed, or a chunk is missing or corrupt.
+        StorageError: if storage does not answer.
+    """
+    storage = Storage(url)
+    own, attributes, sealed = read_sealed(storage)
+    if own["kind"] != "arrays":
+        raise StoreError(f"{url} is a store of {own['kind']}, not a group of arrays. Use open_features.")
+    if sealed is None:
+        raise StoreError(f"{url} has no {SEAL}: its writer did not end. Run the job again.")
+    return {name: _read(storage, layout) for name, layout in read_layouts(own).items()}, attributes
+
+
+def _layout(name: str, value: np.ndarray) -> Layout:
+    row_bytes = max(value.itemsize * math.prod(value.shape[1:]), 1)
+    chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, value.shape[0] if value.shape else 1))
+    dims = tuple(f"{name}_{axis}" for axis in range(value.ndim))
+    layout = Layout(name, value.shape, value.dtype.name, dims, chunk_rows, "none")
+    check_layout(layout)
+    return layout
+
+
+def _clear(storage: Storage) -> None:
+    """Remove the group of this program that is there: its seal first, so that no half of it is ever believed."""
+    if not storage.exists(ROOT):
+        return _clear_beginnings(storage)
+    own, _, _ = read_root(storage)
+    if own["kind"] != "arrays":
+        raise StoreError(f"{storage.url} is a feature store, which is not overwritten. Give another place.")
+    storage.remove(SEAL)
+    for name in own["arrays"]:
+        storage.remove(name)
+    storage.remove_partials()
+    storage.remove(ROOT)
+
+
+def _clear_beginnings(storage: Storage) -> None:
+    """Before the group's own metadata a killed writer leaves only arrays' metadata; anything else is not ours."""
+    names = storage.list()
+    if foreign := [name for name in names if name.partition("/")[2] != ROOT]:
+        raise StoreError(f"{storage.url} is not empty: it holds {foreign[0]}. Give an empty or a new place.")
+    for name in names:
+        storage.remove(name)
+
+
+def _write_chunk(storage: Storage, layout: Layout, value: np.ndarray, chunk: int) -> dict[str, Any]:
+    raw, stored = new_chunk(layout)
+    if layout.shape:
+        rows = layout.rows(chunk)
+        stored[: len(rows)] = value[rows.start : rows.stop]
+        stored[len(rows) :] = layout.fill
+    else:
+        stored[...] = value
+    data, key = seal_chunk(layout, raw), layout.key(chunk)
+    storage.write_bytes(key, data)
+    return entry(key, data)
+
+
+def _read(storage: Storage, layout: Layout) -> np.ndarray:
+    out = np.empty(layout.shape, layout.dtype)
+
+    def copy(chunk: int) -> None:
+        stored, rows = read_chunk(storage, layout, chunk), layout.rows(chunk)
+        if layout.shape:
+            out[rows.start : rows.stop] = stored[: len(rows)]
+        else:
+            out[...] = stored
+
+    each(storage, copy, range(layout.num_chunks))
+    return out

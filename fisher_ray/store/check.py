@@ -1,0 +1,104 @@
+"""Holding a store against what its writers said: every file, every byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisher_ray.errors import StoreError
+from fisher_ray.storage import Storage
+from fisher_ray.store.chunks import is_intact
+from fisher_ray.store.documents import each, read_layouts, read_root, read_seal, read_sealed
+from fisher_ray.store.layout import ROOT, SEAL, manifest_name
+from fisher_ray.store.seal import (
+    chunk_entries,
+    finished_units,
+    manifest_units,
+    read_manifests,
+    unit_fingerprint,
+)
+
+
+def verify(url: str) -> list[str]:
+    """Read every file of a store or group and return its problems, one line each; none if it is whole.
+
+    Missing files, files of another size or checksum, files that no one announced, and a missing seal.
+
+    Raises:
+        StoreError: if there is no store of this program at ``url``.
+        StorageError: if storage does not answer.
+    """
+    storage = Storage(url)
+    sizes = storage.sizes()
+    if SEAL not in sizes:
+        return _verify_unsealed(storage, sizes)
+    try:
+        sealed = read_seal(storage)
+    except StoreError:
+        sealed = None
+    if sealed is None:
+        return [f"{SEAL}: wrong checksum, so nothing can be held against it"]
+    problems, announced = [], {item["key"]: item for item in sealed["files"]}
+    units = range(sealed.get("num_units", 0))
+    manifests = read_manifests(storage, set(units))
+    for unit in units:
+        if manifest_name(unit) not in sizes:
+            problems.append(f"{manifest_name(unit)}: missing")
+        elif unit not in manifests or unit_fingerprint(manifests[unit]) != sealed["units"][unit]:
+            problems.append(f"{manifest_name(unit)}: wrong checksum, so the unit's chunks cannot be checked")
+    announced |= {item["key"]: item for content in manifests.values() for item in chunk_entries(content)}
+    unchecked = {unit for unit in units if unit not in manifests}
+    known = {SEAL, *map(manifest_name, units), *announced}
+    if not unchecked:  # else chunks of these units would pass for foreign ones
+        problems += [f"{name}: foreign, no manifest names it" for name in sizes if name not in known]
+    return problems + _compare(storage, announced, sizes)
+
+
+def describe(url: str) -> dict[str, Any]:
+    """Return what a store or group holds, in plain values; no chunk is read.
+
+    Raises:
+        StoreError: if there is no store of this program at ``url``.
+        StorageError: if storage does not answer.
+    """
+    storage = Storage(url)
+    own, attributes, sealed = read_sealed(storage)
+    sizes = storage.sizes()
+    found = {"url": url, "kind": own["kind"], "schema": own["schema"], "sealed": sealed is not None}
+    found |= {"num_files": len(sizes), "num_bytes": sum(sizes.values())}
+    if own["kind"] == "features":
+        units = {"planned": -(-own["num_rows"] // own["unit_rows"]), "finished": len(finished_units(url))}
+        found |= {"num_rows": own["num_rows"], "unit_rows": own["unit_rows"], "units": units}
+        found["num_skipped"] = len(sealed["skipped"]) if sealed else None
+    arrays = {name: {**layout.to_json(), "chunks": layout.num_chunks} for name, layout in read_layouts(own).items()}
+    return {**found, "arrays": arrays, "attributes": attributes}
+
+
+def _verify_unsealed(storage: Storage, sizes: dict[str, int]) -> list[str]:
+    own, _, _ = read_root(storage)
+    layouts, units = read_layouts(own), manifest_units(sizes)
+    problems = [f"{SEAL}: missing, the store is not sealed: its writers did not end"]
+    metadata = {f"{name}/{ROOT}" for name in layouts}
+    problems += [f"{name}: missing" for name in sorted(metadata - set(sizes))]
+    manifests = read_manifests(storage, units)
+    problems += [f"{manifest_name(unit)}: wrong checksum" for unit in sorted(units - set(manifests))]
+    chunks = {layout.key(chunk) for layout in layouts.values() for chunk in range(layout.num_chunks)}
+    known = {ROOT, *metadata, *map(manifest_name, units), *chunks}
+    problems += [f"{name}: foreign, no array has it" for name in sizes if name not in known]
+    announced = {item["key"]: item for content in manifests.values() for item in chunk_entries(content)}
+    return problems + _compare(storage, announced, sizes)
+
+
+def _compare(storage: Storage, announced: dict[str, dict[str, Any]], sizes: dict[str, int]) -> list[str]:
+    def compare(name: str) -> str | None:
+        wanted = announced[name]
+        if name not in sizes:
+            return f"{name}: missing"
+        if sizes[name] != wanted["size"]:
+            return f"{name}: wrong size, {sizes[name]} bytes instead of {wanted['size']}"
+        try:
+            raw = storage.read_bytes(name)
+        except FileNotFoundError:
+            return f"{name}: missing"
+        return None if is_intact(wanted, raw) else f"{name}: wrong checksum"
+
+    return [problem for problem in each(storage, compare, sorted(announced)) if problem is not None]

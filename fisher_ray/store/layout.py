@@ -1,0 +1,201 @@
+"""What a store holds and where: array specifications, chunk grids and the names of the files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fisher_ray.errors import StoreError
+from fisher_ray.records import Unit
+
+SCHEMA = 1
+ATTRIBUTE = "fisher_ray"
+"""The group attribute that holds this program's own layout."""
+ROOT, SEAL, MANIFESTS = "zarr.json", "seal.json", "manifest"
+CODECS = ("none", "zstd")
+DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64"),
+)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a feature store, of shape ``(num_rows, *shape_tail)``.
+
+    Attributes:
+        shape_tail: shape of one row.
+        dtype: NumPy name of the stored type.
+        dims: one name for each axis, the rows' first.
+        scale: stored = value / scale; a power of two loses nothing. 1 for integers.
+    """
+
+    shape_tail: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """A feature store before anything is written.
+
+    Attributes:
+        num_rows: rows of every array.
+        unit_rows: rows that one writer writes: a whole number of chunks.
+        chunk_rows: rows of one chunk.
+        codec: ``none`` or ``zstd``; every chunk ends in its CRC-32C in any case.
+        arrays: by name.
+        attributes: JSON values kept with the group.
+    """
+
+    num_rows: int
+    unit_rows: int
+    chunk_rows: int
+    codec: str
+    arrays: dict[str, ArraySpec]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One array as it is stored: chunks of whole rows along the first axis.
+
+    Attributes:
+        name: of the array and its folder.
+        shape: whole shape; ``()`` for a scalar, which is one chunk.
+        dtype: NumPy name.
+        dims: one name for each axis.
+        chunk_rows: rows of one chunk; the last chunk is filled up.
+        codec: ``none`` or ``zstd``.
+        scale: value = stored * scale.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    chunk_rows: int
+    codec: str
+    scale: float = 1.0
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of every chunk; Zarr allows no axis of length 0 in it."""
+        return (self.chunk_rows, *(max(size, 1) for size in self.shape[1:])) if self.shape else ()
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunk files."""
+        if 0 in self.shape:
+            return 0
+        return math.ceil(self.shape[0] / self.chunk_rows) if self.shape else 1
+
+    @property
+    def fill(self) -> Any:
+        """What stands where there is no value: NaN, -1, or 0 where the type has neither."""
+        kind = np.dtype(self.dtype).kind
+        return np.dtype(self.dtype).type(np.nan if kind == "f" else -1 if kind == "i" else 0)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk, decoded."""
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
+
+    def key(self, chunk: int) -> str:
+        """Return the file name of a chunk, as Zarr v3 has it."""
+        return "/".join([self.name, "c", *([str(chunk)] if self.shape else []), *("0" for _ in self.shape[1:])])
+
+    def rows(self, chunk: int) -> range:
+        """Return the rows of a chunk (a scalar has one)."""
+        stop = self.shape[0] if self.shape else 1
+        return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, stop))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` reads, without the name."""
+        shape, dims = list(self.shape), list(self.dims)
+        how = {"dtype": self.dtype, "chunk_rows": self.chunk_rows, "codec": self.codec, "scale": self.scale}
+        return {"shape": shape, "dims": dims, **how}
+
+    @classmethod
+    def from_json(cls, name: str, values: dict[str, Any]) -> Layout:
+        """Undo :meth:`to_json`."""
+        shape, dims = tuple(map(int, values["shape"])), tuple(map(str, values["dims"]))
+        scale = float(values["scale"])
+        return cls(name, shape, str(values["dtype"]), dims, int(values["chunk_rows"]), str(values["codec"]), scale)
+
+
+def manifest_name(unit: int) -> str:
+    """Return the file name of a unit's manifest."""
+    return f"{MANIFESTS}/unit-{unit:06d}.json"
+
+
+def unit_rows(index: int, rows: int, num_rows: int) -> range:
+    """Return the rows of unit ``index`` in a store of ``num_rows`` rows and units of ``rows``."""
+    return range(index * rows, min((index + 1) * rows, num_rows))
+
+
+def layouts_of(spec: StoreSpec) -> dict[str, Layout]:
+    """Check ``spec`` and return the layout of every array.
+
+    Raises:
+        StoreError: naming what breaks a rule.
+    """
+    _check_rows(spec)
+    made = {}
+    for name, array in spec.arrays.items():
+        shape = (spec.num_rows, *array.shape_tail)
+        layout = Layout(name, shape, array.dtype, array.dims, spec.chunk_rows, spec.codec, float(array.scale))
+        check_layout(layout)
+        made[name] = layout
+    return made
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuse what cannot be stored.
+
+    Raises:
+        StoreError: naming the array and the rule.
+    """
+    what = f"array {layout.name!r}"
+    if not layout.name or {"/", "\\"} & set(layout.name) or layout.name.startswith((".", "__")):
+        raise StoreError(f"{what}: a name is one folder's, without '/', and does not start with '.' or '__'")
+    if layout.name in (MANIFESTS, ROOT, SEAL):
+        raise StoreError(f"{what}: the name is taken by the store itself. Give another name.")
+    if layout.dtype not in DTYPES:
+        raise StoreError(f"{what}: dtype {layout.dtype!r} is not one of {', '.join(DTYPES)}")
+    if len(layout.dims) != len(layout.shape):
+        raise StoreError(f"{what}: dims {list(layout.dims)} do not name each axis of shape {list(layout.shape)}")
+    if layout.codec not in CODECS:
+        raise StoreError(f"{what}: codec {layout.codec!r} is not one of {', '.join(CODECS)}")
+    if not (0 < layout.scale < math.inf) or (layout.scale != 1.0 and not layout.dtype.startswith("float")):
+        raise StoreError(f"{what}: scale {layout.scale} of {layout.dtype} is not positive and finite (1 for integers)")
+
+
+def check_unit(unit: Unit, rows: int, num_rows: int) -> None:
+    """Refuse a unit that is not this store's, since two writers could then share a chunk.
+
+    Raises:
+        StoreError: naming the rows and the rule.
+    """
+    planned = unit_rows(unit.index, rows, num_rows)
+    if unit.index < 0 or not planned or (unit.start, unit.stop) != (planned.start, planned.stop):
+        raise StoreError(
+            f"unit {unit.index} with rows [{unit.start}, {unit.stop}) is not one of this store's units of {rows} rows "
+            f"out of {num_rows}. Plan units with plan_units({num_rows}, {rows})."
+        )
+
+
+def _check_rows(spec: StoreSpec) -> None:
+    rows, chunk = spec.unit_rows, spec.chunk_rows
+    if min(spec.num_rows, rows, chunk) <= 0:
+        raise StoreError(f"num_rows {spec.num_rows}, unit_rows {rows} and chunk_rows {chunk} are not all positive")
+    if rows % chunk:
+        raise StoreError(
+            f"unit_rows {rows} is not a multiple of chunk_rows {chunk}, so two writers would share a chunk"
+        )
+    if not spec.arrays:
+        raise StoreError("a store without arrays. Give at least one.")

@@ -1,0 +1,133 @@
+"""Reading a sealed feature store: ranges of rows, with every chunk's checksum, never a value that was not written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fisher_ray.errors import StoreError
+from fisher_ray.storage import Storage
+from fisher_ray.store.chunks import read_chunk
+from fisher_ray.store.documents import each, read_layouts, read_sealed
+from fisher_ray.store.layout import SEAL, Layout
+from fisher_ray.store.seal import manifest_units, read_manifests
+
+
+def open_features(url: str, allow_partial: bool = False) -> FeatureStore:
+    """Open a feature store for reading; ``allow_partial`` takes one without its seal too.
+
+    Raises:
+        StoreError: if there is none, it is not sealed, or its metadata changed since.
+        StorageError: if storage does not answer.
+    """
+    storage = Storage(url)
+    own, attributes, sealed = read_sealed(storage)
+    if own["kind"] != "features":
+        raise StoreError(f"{url} is a group of {own['kind']}, not a feature store. Check the URL.")
+    if sealed is None and not allow_partial:
+        raise StoreError(f"{url} has no {SEAL}: its writers did not end. Run the job again; it goes on from there.")
+    return FeatureStore(storage, own, attributes, sealed)
+
+
+class FeatureStore:
+    """A feature store, open for reading; travels to other processes.
+
+    Attributes:
+        url: where it is.
+        attributes: as given to ``create_store``.
+        num_rows: rows of every array, those skipped counted.
+        chunk_rows: rows of one chunk: reads that start and end on chunks are the quickest.
+        arrays: the layouts (shape, dtype, dims, scale) by name.
+    """
+
+    def __init__(
+        self, storage: Storage, own: dict[str, Any], attributes: dict[str, Any], sealed: dict[str, Any] | None
+    ) -> None:
+        """Use :func:`open_features`."""
+        self._storage, self._sealed = storage, sealed
+        self.url, self.attributes = storage.url, attributes
+        self.arrays: dict[str, Layout] = read_layouts(own)
+        self.num_rows: int = own["num_rows"]
+        self.chunk_rows: int = next(iter(self.arrays.values())).chunk_rows
+
+    @cached_property
+    def skipped(self) -> dict[int, str]:
+        """Why a row is missing, by row; of a store without its seal, as far as its units are finished."""
+        if self._sealed is not None:
+            return {int(row): str(reason) for row, reason in self._sealed["skipped"].items()}
+        manifests = read_manifests(self._storage, manifest_units(self._storage.list("manifest")))
+        return {int(row): str(reason) for content in manifests.values() for row, reason in content["skipped"].items()}
+
+    def read(self, name: str, start: int, stop: int, out_dtype: DTypeLike | None = None) -> np.ndarray:
+        """Return rows ``[start, stop)`` in their own unit, shape ``(stop - start, *shape_tail)``.
+
+        float16 becomes float32, other types stay, unless ``out_dtype`` says otherwise. Skipped rows are NaN, or -1.
+
+        Raises:
+            StoreError: if there is no such array or row, or a chunk is missing or corrupt.
+            StorageError: if storage does not answer.
+        """
+        layout = self._layout(name)
+        default = np.float32 if layout.dtype == "float16" else layout.dtype
+        return self._read(layout, start, stop, np.dtype(default if out_dtype is None else out_dtype), layout.scale)
+
+    def read_raw(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows ``[start, stop)`` as they are stored: same type, not scaled back. Errors as :meth:`read`."""
+        layout = self._layout(name)
+        return self._read(layout, start, stop, np.dtype(layout.dtype), 1.0)
+
+    def iter_chunks(self, names: Sequence[str], rows: range | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the arrays ``names`` a chunk at a time, in row order, without skipped rows, one chunk read ahead.
+
+        Errors as :meth:`read`.
+        """
+        rows = range(self.num_rows) if rows is None else rows
+        if rows.step != 1:
+            raise StoreError(f"rows {rows} have a step. Give consecutive rows.")
+        cuts = range(rows.start - rows.start % self.chunk_rows, rows.stop, self.chunk_rows)
+        spans = [(max(cut, rows.start), min(cut + self.chunk_rows, rows.stop)) for cut in cuts]
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+            ahead = [thread.submit(self._read_block, names, *spans[0])] if spans else []
+            for following in [*spans[1:], None]:
+                block = ahead.pop().result()
+                if following is not None:
+                    ahead.append(thread.submit(self._read_block, names, *following))
+                if all(len(values) for values in block.values()):
+                    yield block
+
+    def _read_block(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
+        block = {name: self.read(name, start, stop) for name in names}
+        gone = [row - start for row in self.skipped if start <= row < stop]
+        return {name: np.delete(values, gone, axis=0) for name, values in block.items()} if gone else block
+
+    def _layout(self, name: str) -> Layout:
+        if name not in self.arrays:
+            raise StoreError(f"{self.url} has no array {name!r}, only {', '.join(self.arrays)}")
+        return self.arrays[name]
+
+    def _read(self, layout: Layout, start: int, stop: int, dtype: np.dtype[Any], scale: float) -> np.ndarray:
+        if not 0 <= start <= stop <= self.num_rows:
+            raise StoreError(f"{self.url}: rows [{start}, {stop}) are not within the store's {self.num_rows} rows")
+        some = layout.num_chunks and start < stop
+        chunks = range(start // layout.chunk_rows, -(-stop // layout.chunk_rows)) if some else range(0)
+        if len(chunks) == 1 and scale == 1.0 and dtype == layout.dtype:
+            first = chunks[0] * layout.chunk_rows
+            stored = read_chunk(self._storage, layout, chunks[0])[start - first : stop - first]
+            return stored if stored.flags.writeable else stored.copy()  # the quickest way: nothing is moved
+        out = np.empty((stop - start, *layout.shape[1:]), dtype)
+        each(self._storage, partial(_copy_chunk, self._storage, layout, out, start, scale), chunks)
+        return out
+
+
+def _copy_chunk(storage: Storage, layout: Layout, out: np.ndarray, start: int, scale: float, chunk: int) -> None:
+    stored, first = read_chunk(storage, layout, chunk), chunk * layout.chunk_rows
+    low, high = max(start, first), min(start + len(out), first + len(stored))
+    target = out[low - start : high - start]
+    np.copyto(target, stored[low - first : high - first], casting="unsafe")
+    if scale != 1.0:
+        np.multiply(target, scale, out=target, casting="unsafe")

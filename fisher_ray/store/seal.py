@@ -1,0 +1,112 @@
+"""Which units of a feature store are whole, and the seal that says that all of them are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fisher_ray.errors import StoreError
+from fisher_ray.storage import Storage
+from fisher_ray.store.chunks import entry
+from fisher_ray.store.documents import each, fingerprint, pack, read_layouts, read_root, unpack
+from fisher_ray.store.layout import MANIFESTS, ROOT, SCHEMA, SEAL, manifest_name, unit_rows
+
+
+def finished_units(url: str) -> set[int]:
+    """Return the units whose manifest is whole and whose chunks are all there, with the sizes it gives.
+
+    Raises:
+        StorageError: if storage does not answer.
+    """
+    storage = Storage(url)
+    sizes = storage.sizes()
+    manifests = read_manifests(storage, manifest_units(sizes))
+    return {unit for unit, content in manifests.items() if not missing_chunks(content, sizes)}
+
+
+def seal(url: str, num_units: int) -> None:
+    """Write ``seal.json`` with the totals, after every manifest and the presence of every chunk are checked.
+
+    Raises:
+        StoreError: naming what is missing, or if the store has another number of units.
+        StorageError: if it cannot be written.
+    """
+    storage = Storage(url)
+    own, _, _ = read_root(storage)
+    planned = -(-own["num_rows"] // own["unit_rows"])
+    if num_units != planned:
+        raise StoreError(f"{url} has {planned} units of {own['unit_rows']} rows, not {num_units}")
+    sizes = storage.sizes()
+    manifests = read_manifests(storage, manifest_units(sizes) & set(range(num_units)))
+    if absent := [unit for unit in range(num_units) if unit not in manifests]:
+        raise StoreError(f"{url}: units {_some(absent)} are not finished. Write them, then seal.")
+    for unit, content in manifests.items():
+        _check_manifest(url, own, unit, content, sizes)
+    names = [ROOT, *(f"{name}/{ROOT}" for name in read_layouts(own))]
+    totals: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "features",
+        "num_rows": own["num_rows"],
+        "num_units": num_units,
+        "num_bytes": sum(item["size"] for content in manifests.values() for item in chunk_entries(content)),
+        "files": [entry(name, storage.read_bytes(name)) for name in sorted(names)],
+        "units": [unit_fingerprint(manifests[unit]) for unit in range(num_units)],
+        "skipped": {row: reason for content in manifests.values() for row, reason in content["skipped"].items()},
+    }
+    storage.write_bytes(SEAL, pack(totals))
+
+
+def manifest_units(names: Any) -> set[int]:
+    """Return the units that have a file where a manifest belongs, out of the store's file names."""
+    found = (re.fullmatch(rf"{MANIFESTS}/unit-(\d{{6,}})\.json", name) for name in names)
+    return {int(match[1]) for match in found if match and match[0] == manifest_name(int(match[1]))}
+
+
+def read_manifests(storage: Storage, units: set[int]) -> dict[int, dict[str, Any]]:
+    """Return the contents of the whole manifests among ``units``; damaged or vanished ones are left out."""
+
+    def read(unit: int) -> dict[str, Any] | None:
+        try:
+            content = unpack(storage.read_bytes(manifest_name(unit)))
+        except FileNotFoundError:
+            return None
+        return content if content is not None and content.get("unit") == unit else None
+
+    order = sorted(units)
+    contents = each(storage, read, order)
+    return {unit: content for unit, content in zip(order, contents, strict=True) if content is not None}
+
+
+def chunk_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a manifest's chunks: key, size, crc32c."""
+    return [item for chunks in content["arrays"].values() for item in chunks]
+
+
+def missing_chunks(content: dict[str, Any], sizes: dict[str, int]) -> list[str]:
+    """Return the chunks of a manifest that are not there with their size."""
+    return [item["key"] for item in chunk_entries(content) if sizes.get(item["key"]) != item["size"]]
+
+
+def unit_fingerprint(content: dict[str, Any]) -> int:
+    """Return a checksum of all that a manifest says but the attempt, which may differ without harm."""
+    return fingerprint({name: value for name, value in content.items() if name != "attempt"})
+
+
+def _check_manifest(url: str, own: dict[str, Any], unit: int, content: dict[str, Any], sizes: dict[str, int]) -> None:
+    rows = unit_rows(unit, own["unit_rows"], own["num_rows"])
+    wanted = {
+        layout.key(chunk)
+        for layout in read_layouts(own).values()
+        for chunk in range(layout.num_chunks)
+        if layout.rows(chunk).start in rows
+    }
+    keys = [item["key"] for item in chunk_entries(content)]
+    if (content["start"], content["stop"]) != (rows.start, rows.stop) or sorted(keys) != sorted(wanted):
+        raise StoreError(f"{url}: {manifest_name(unit)} is not of this store. Write unit {unit} again.")
+    if missing := missing_chunks(content, sizes):
+        raise StoreError(f"{url}: chunks {_some(missing)} are missing. Write unit {unit} again, then seal.")
+
+
+def _some(items: list[Any]) -> str:
+    shown = ", ".join(map(str, items[:10]))
+    return shown if len(items) <= 10 else f"{shown} and {len(items) - 10} more"

@@ -1,0 +1,190 @@
+"""Writing a feature store: the empty store once, then units in any order, by anyone, any number of times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fisher_ray.errors import DataError, StoreError
+from fisher_ray.records import Unit
+from fisher_ray.storage import Storage
+from fisher_ray.store.chunks import entry, new_chunk, seal_chunk
+from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root
+from fisher_ray.store.layout import (
+    ATTRIBUTE,
+    ROOT,
+    SCHEMA,
+    SEAL,
+    Layout,
+    StoreSpec,
+    check_unit,
+    layouts_of,
+    manifest_name,
+)
+from fisher_ray.store.zarr_group import metadata_files
+
+
+def create_store(url: str, spec: StoreSpec) -> None:
+    """Write the metadata of an empty store, and clear away what killed writers left; nothing if it is there already.
+
+    Call it while no writer is at work.
+
+    Raises:
+        StoreError: if the specification breaks a rule, or another store is at ``url``.
+        StorageError: if it cannot be written.
+    """
+    layouts, storage = layouts_of(spec), Storage(url)
+    own = {
+        "schema": SCHEMA,
+        "kind": "features",
+        "num_rows": spec.num_rows,
+        "unit_rows": spec.unit_rows,
+        "arrays": {name: layout.to_json() for name, layout in layouts.items()},
+    }
+    attributes = plain(spec.attributes)
+    _refuse_another(storage, own, attributes)
+    storage.remove_partials()
+    present = set(storage.list())
+    for name, raw in metadata_files(layouts.values(), {**attributes, ATTRIBUTE: own}).items():
+        if name not in present:
+            storage.write_bytes(name, raw)
+
+
+def write_unit(url: str, unit: Unit, arrays: dict[str, np.ndarray], *, attempt: int, skipped: dict[int, str]) -> int:
+    """Write a unit's chunks, then its manifest; the same input gives the same chunk files.
+
+    Args:
+        url: a store from :func:`create_store`.
+        unit: one of the store's units.
+        arrays: every array of the store by name, ``(len(unit), *shape_tail)``, or without the skipped rows.
+        attempt: from 1; kept in the manifest.
+        skipped: reasons by row; such a row is stored as NaN (-1 for integers) and left out by ``iter_chunks``.
+
+    Returns:
+        Bytes written.
+
+    Raises:
+        DataError: if a value is not finite, or does not fit the stored type; ``row`` is the row.
+        StoreError: if the unit or an array is not the store's, or the store is sealed.
+        StorageError: if it cannot be written.
+    """
+    storage = Storage(url)
+    own, _, _ = read_root(storage)
+    if own["kind"] != "features":
+        raise StoreError(f"{url} is no feature store, so it has no units. Check the URL.")
+    check_unit(unit, own["unit_rows"], own["num_rows"])
+    if storage.exists(SEAL):
+        raise StoreError(f"{url} is sealed, so unit {unit.index} is not written. Remove the store to write it anew.")
+    kept = _kept_rows(unit, skipped)
+    layouts = read_layouts(own)
+    _check_arrays(layouts, arrays, unit, kept)
+    entries: dict[str, list[dict[str, Any]]] = {
+        name: each(
+            storage, _Writer(storage, layout, arrays[name], unit, kept, arrays.get("index")), _chunks(layout, unit)
+        )
+        for name, layout in layouts.items()
+    }
+    reasons = {str(row): str(reason) for row, reason in skipped.items()}
+    rows = {"unit": unit.index, "start": unit.start, "stop": unit.stop}
+    manifest = pack({**rows, "attempt": attempt, "arrays": entries, "skipped": reasons})
+    storage.write_bytes(manifest_name(unit.index), manifest)
+    return len(manifest) + sum(int(chunk["size"]) for chunks in entries.values() for chunk in chunks)
+
+
+class _Writer:
+    """Writes one chunk of one array of a unit: ``given`` holds all of the unit's rows, or only those ``kept``."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        layout: Layout,
+        given: np.ndarray,
+        unit: Unit,
+        kept: np.ndarray,
+        index: np.ndarray | None,
+    ) -> None:
+        self.storage, self.layout, self.unit = storage, layout, unit
+        self.values = given if len(given) == len(kept) else given[kept]
+        self.rows = kept + unit.start
+        self.index = self.rows if index is None else index if len(index) == len(kept) else index[kept]
+
+    def __call__(self, chunk: int) -> dict[str, Any]:
+        rows = self.layout.rows(chunk)
+        first, last = np.searchsorted(self.rows, [rows.start, rows.stop])
+        raw, stored = new_chunk(self.layout)
+        if last - first == len(stored):
+            self._store(stored, slice(first, last))
+        else:
+            stored[...] = self.layout.fill
+            placed = np.empty((last - first, *stored.shape[1:]), stored.dtype)
+            self._store(placed, slice(first, last))
+            stored[self.rows[first:last] - rows.start] = placed
+        data, key = seal_chunk(self.layout, raw), self.layout.key(chunk)
+        self.storage.write_bytes(key, data)
+        return entry(key, data)
+
+    def _store(self, stored: np.ndarray, part: slice) -> None:
+        values = self.values[part].reshape(stored.shape)
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):  # what does not fit is found below
+            if self.layout.scale == 1.0:
+                np.copyto(stored, values, casting="same_kind")
+            else:
+                np.divide(values, self.layout.scale, out=stored, casting="same_kind", dtype=_working_dtype(values))
+        fits = np.isfinite(stored) if stored.dtype.kind == "f" else stored == values
+        if not fits.all():
+            wrong = int(np.flatnonzero(~fits.reshape(len(fits), -1).all(axis=1))[0])
+            self._refuse(values[wrong], int(self.index[part][wrong]))
+
+    def _refuse(self, values: np.ndarray, row: int) -> None:
+        what, dtype = f"array {self.layout.name!r}, row {row}", self.layout.dtype
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise DataError(f"{what}: a value is NaN or infinite. Leave the row out (data.on_error: skip).", row=row)
+        largest, scale = values.flat[np.argmax(np.abs(values))], self.layout.scale
+        advice = " Give store.dtype: float32." if dtype == "float16" else " Give a wider type."
+        raise DataError(f"{what}: {largest} does not fit {dtype} (scale {scale}).{advice}", row=row)
+
+
+def _working_dtype(values: np.ndarray) -> np.dtype[Any]:
+    """Divide in float32 at least, so that a float16 input keeps its bits."""
+    return np.result_type(values.dtype, np.float32)
+
+
+def _chunks(layout: Layout, unit: Unit) -> range:
+    if not layout.num_chunks:
+        return range(0)
+    return range(unit.start // layout.chunk_rows, -(-unit.stop // layout.chunk_rows))
+
+
+def _kept_rows(unit: Unit, skipped: dict[int, str]) -> np.ndarray:
+    if foreign := [row for row in skipped if not unit.start <= row < unit.stop]:
+        raise StoreError(f"skipped rows {foreign} are not rows of unit {unit.index} [{unit.start}, {unit.stop})")
+    kept = np.ones(len(unit), bool)
+    kept[[row - unit.start for row in skipped]] = False
+    return np.flatnonzero(kept)
+
+
+def _check_arrays(layouts: dict[str, Layout], arrays: dict[str, np.ndarray], unit: Unit, kept: np.ndarray) -> None:
+    if set(arrays) != set(layouts):
+        raise StoreError(
+            f"unit {unit.index} has arrays {sorted(arrays)}, the store {sorted(layouts)}. Give exactly these."
+        )
+    for name, layout in layouts.items():
+        given, dtype = arrays[name], np.dtype(layout.dtype)
+        if given.shape[1:] != layout.shape[1:] or len(given) not in (len(unit), len(kept)):
+            wanted = [len(unit), *layout.shape[1:]]
+            raise StoreError(f"unit {unit.index}: array {name!r} has shape {list(given.shape)} instead of {wanted}")
+        if not np.can_cast(given.dtype, dtype, "same_kind"):
+            raise StoreError(f"unit {unit.index}: array {name!r} is {given.dtype}, which does not cast to {dtype}")
+
+
+def _refuse_another(storage: Storage, own: dict[str, Any], attributes: dict[str, Any]) -> None:
+    if not storage.exists(ROOT):
+        return
+    there, given, _ = read_root(storage)
+    before, now = {**given, **there}, {**attributes, **own}
+    if before != now:
+        differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        raise StoreError(
+            f"{storage.url} holds another store: {', '.join(differing)} differ. Give another place, or remove it."
+        )

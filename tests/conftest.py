@@ -1,0 +1,59 @@
+"""Tests that need a device or a tool are skipped with the reason; FISHER_RAY_REQUIRE=gpu,s3 makes that a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import pytest
+from hypothesis import settings
+
+# Examples are timed by the machine's load as much as by the code.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+
+def _lack_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _lack_cluster() -> str | None:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    tools = [tool for tool in ("ip", "unshare", "sshd", "rsync") if shutil.which(tool, path=_PATH) is None]
+    return f"not installed: {', '.join(tools)}" if tools else None
+
+
+def _lack_s3() -> str | None:
+    if importlib.util.find_spec("moto") or shutil.which("swift-proxy-server"):
+        return None
+    return "no S3 server: neither moto[server] nor swift is installed"
+
+
+def _lack_browser() -> str | None:
+    found = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "firefox"))
+    return None if found else "no browser: install chromium or firefox"
+
+
+_PATH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin"
+_LACKS = {"gpu": _lack_gpu, "cluster": _lack_cluster, "s3": _lack_s3, "browser": _lack_browser}
+_REQUIRED = {name for name in os.environ.get("FISHER_RAY_REQUIRE", "").split(",") if name}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if unknown := _REQUIRED - set(_LACKS):
+        raise pytest.UsageError(f"FISHER_RAY_REQUIRE names {sorted(unknown)}; known: {sorted(_LACKS)}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name, lack in _LACKS.items():
+        if item.get_closest_marker(name) is None:
+            continue
+        if (reason := lack()) is None:
+            continue
+        if name in _REQUIRED:
+            pytest.fail(f"FISHER_RAY_REQUIRE names {name!r}, but: {reason}", pytrace=False)
+        pytest.skip(f"{name}: {reason}")

@@ -1,0 +1,1 @@
+"""Oracles: slow, obvious, without any import from inside the package."""

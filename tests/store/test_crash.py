@@ -1,0 +1,77 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from fisher_ray.errors import StorageError
+from fisher_ray.records import Unit
+from fisher_ray.store import ArraySpec, create_store, finished_units, open_features, seal, verify, write_unit
+from tests.store.conftest import make_spec
+
+WRITER = """
+import sys, numpy as np
+from fisher_ray.records import Unit
+from fisher_ray.store import write_unit
+print("ready", flush=True)
+values = np.ones((512, 4096), np.float32)
+while True:
+    for unit in range(4):
+        write_unit(sys.argv[1], Unit(unit, unit * 512, unit * 512 + 512), {"x": values}, attempt=1, skipped={})
+"""
+
+
+def test_a_killed_writer_leaves_no_torn_chunk(tmp_path):
+    url = tmp_path / "s"
+    spec = make_spec(num_rows=2048, unit_rows=512, chunk_rows=256)
+    spec = replace(spec, arrays={"x": ArraySpec((4096,), "float16", ("sample", "rank"))})
+    for delay_s in (0.0, 0.011, 0.023, 0.037):
+        create_store(str(url), spec)
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(url)], stdout=subprocess.PIPE, text=True)
+        with writer:
+            assert writer.stdout.readline() == "ready\n"
+            deadline = time.monotonic() + 60
+            while not list(url.glob("x/c/*/*")):
+                assert time.monotonic() < deadline
+            time.sleep(delay_s)  # another moment of the writing each time
+            os.kill(writer.pid, signal.SIGKILL)
+        for path in url.glob("x/c/*/0"):
+            raw = path.read_bytes()
+            assert len(raw) == 256 * 4096 * 2 + 4
+            assert google_crc32c.value(raw[:-4]) == int.from_bytes(raw[-4:], "little")
+        assert verify(str(url)) == ["seal.json: missing, the store is not sealed: its writers did not end"]
+    for unit in range(4):
+        values = np.ones((512, 4096), np.float32)
+        write_unit(str(url), Unit(unit, unit * 512, unit * 512 + 512), {"x": values}, attempt=2, skipped={})
+    create_store(str(url), spec)
+    seal(str(url), 4)
+    assert verify(str(url)) == []
+    assert not list(url.rglob("*.partial"))
+
+
+def test_a_full_disk_keeps_finished_units_readable(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place = tmp_path / "tiny"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        url = str(place / "s")
+        arrays = {"x": ArraySpec((8192,), "float32", ("sample", "rank"))}
+        create_store(url, make_spec(num_rows=48, arrays=arrays))
+        write_big = {"x": np.ones((8, 8192), np.float32)}
+        write_unit(url, Unit(0, 0, 8), write_big, attempt=1, skipped={})
+        write_unit(url, Unit(1, 8, 16), write_big, attempt=1, skipped={})
+        write_unit(url, Unit(2, 16, 24), write_big, attempt=1, skipped={})
+        with pytest.raises(StorageError, match="No space left"):
+            write_unit(url, Unit(3, 24, 32), write_big, attempt=1, skipped={})
+        assert finished_units(url) == {0, 1, 2}
+        np.testing.assert_array_equal(open_features(url, allow_partial=True).read("x", 0, 8), write_big["x"])
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

@@ -1,0 +1,260 @@
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from fisher_ray import __version__
+from fisher_ray.cli import job, main
+from fisher_ray.cli.exits import error_exits
+from fisher_ray.cli.progress import show_progress
+from fisher_ray.errors import ConfigError, DataError, FisherRayError, StoppedError
+from fisher_ray.records import Receipt, Unit
+
+ROOT = Path(__file__).parents[1]
+CIFAR10 = str(ROOT / "jobs" / "configs" / "cifar10.yaml")
+COMMANDS = ["run", "fit-metric", "write-features", "train", "evaluate", "plan", "verify", "inspect", "demo"]
+JOBS = {
+    "run.py": "run",
+    "fit_metric.py": "fit-metric",
+    "write_features.py": "write-features",
+    "train_linear.py": "train",
+}
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+
+
+def exit_code(arguments: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
+def test_help_names_every_command(capsys):
+    assert exit_code(["--help"]) == 0
+
+    words = capsys.readouterr().out.split()
+    assert [command for command in COMMANDS if command not in words] == []
+
+
+@pytest.mark.parametrize("command", ["run", "fit-metric", "write-features", "train", "evaluate", "demo"])
+def test_every_running_command_takes_the_same_options(command, capsys):
+    assert exit_code([command, "--help"]) == 0
+
+    words = capsys.readouterr().out.split()
+    options = ["--output", "--set", "--address", "--fresh", "--debug", "--quiet"]
+    assert [option for option in options if option not in words] == []
+
+
+def test_help_takes_under_half_a_second():
+    # CPU time, the best of three: the wall's clock is also the other processes'.
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert python("-m", "fisher_ray", "--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    assert min(spent) < 0.5
+
+
+def test_the_command_line_loads_nothing_that_computes():
+    done = python("-c", "import sys, fisher_ray, fisher_ray.cli; print(*sys.modules)")
+
+    assert {"torch", "ray", "zarr", "numpy", "pyarrow", "matplotlib", "pydantic"} & set(done.stdout.split()) == set()
+    assert "fisher_ray.cli.commands" in done.stdout.split()
+
+
+def test_version(capsys):
+    assert exit_code(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "gone.yaml"], ["gone.yaml", "No such file"]),
+        (["run", CIFAR10, "--set", "metric.rnk=3"], ["'metric.rnk'", "'rank'"]),
+        (["train", CIFAR10, "--set", "seed=1", "--set", "linear.views=7"], ["linear.views", "7"]),
+        (["plan", CIFAR10, "--set", "linear"], ["--set", "'linear'"]),
+        (["demo", "--set", "metric.rnk=3"], ["'metric.rnk'", "'rank'"]),
+    ],
+)
+def test_a_wrong_request_ends_with_code_2_and_one_paragraph(arguments, words, capsys):
+    assert exit_code(arguments) == 2
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert [word for word in words if word not in shown.err] == []
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", CIFAR10, "--nope"], ["nope"], []])
+def test_wrong_arguments_end_with_code_2(arguments, capsys):
+    assert exit_code(arguments) == 2
+
+    shown = capsys.readouterr().err
+    assert "Usage: fisher-ray" in shown
+    assert "Traceback" not in shown
+
+
+def test_debug_adds_the_traceback_and_the_error_stays_last(capsys):
+    assert exit_code(["run", "gone.yaml", "--debug"]) == 2
+
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("error: configuration gone.yaml")
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/run", "12", "a: b", "null", 'it\'s "quoted"'])
+def test_output_is_taken_as_text_whatever_it_looks_like(output):
+    from fisher_ray.cli.commands import _read
+
+    assert _read(Path(CIFAR10), ["output=other"], output).output == output
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_a_job_takes_its_configuration_as_an_option_and_fails_as_the_command_does(script):
+    done = python(str(ROOT / "jobs" / script), "--config", CIFAR10, "--set", "metric.rnk=3")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown key 'metric.rnk'; did you mean 'rank'?\n"
+
+
+@pytest.mark.parametrize("command", JOBS.values())
+def test_a_job_without_a_configuration_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        job(command, [])
+
+    assert caught.value.code == 2
+    assert "--config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (FisherRayError("x"), 1, "x"),
+        (ConfigError("two\n  lines"), 2, "two lines"),
+        (DataError("a.parquet row 3: no picture", row=3), 3, "a.parquet row 3: no picture"),
+        (StoppedError("x"), 4, "x"),
+        (KeyboardInterrupt(), 4, "interrupted before the end. Run the same command again to resume."),
+        (SystemExit(signal.SIGTERM), 4, "interrupted before the end. Run the same command again to resume."),
+        (KeyError("k"), 1, "unexpected KeyError: 'k'. Run again with --debug for the traceback."),
+    ],
+)
+def test_a_failure_becomes_an_exit_code_and_a_message(error, code, message, capsys):
+    with pytest.raises(typer.Exit) as caught, error_exits():
+        raise error
+
+    assert caught.value.exit_code == code
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_another_exit_passes_through():
+    with pytest.raises(SystemExit) as caught, error_exits():
+        sys.exit(7)
+
+    assert caught.value.code == 7
+
+
+def test_sigterm_ends_the_command_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as caught, error_exits():
+        signal.raise_signal(signal.SIGTERM)
+
+    assert caught.value.exit_code == 4
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_exits_with_code_4(number):
+    program = f"""
+        import os, time, typer
+        from fisher_ray.cli.exits import error_exits
+        app = typer.Typer()
+        @app.command()
+        def wait():
+            with error_exits():
+                os.kill(os.getpid(), {int(number)})
+                time.sleep(30)
+        app()
+    """
+    done = python("-c", textwrap.dedent(program))
+
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: interrupted")
+
+
+def hear(console: Console) -> None:
+    with show_progress(console) as progress:
+        progress.stage_started("metric", 2)
+        progress.note("unit 0 runs again: [worker] lost")
+        for index in range(2):
+            progress.unit_done("metric", Receipt(Unit(index, 64 * index, 64 * index + 64)))
+        progress.stage_done("metric", 1.25)
+        progress.stage_started("linear", None)
+        progress.stage_done("linear", 2.0)
+
+
+def test_progress_outside_a_terminal_is_plain_lines():
+    stream = io.StringIO()
+    hear(Console(file=stream, force_terminal=False, width=20))
+
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["metric: started, 2 units", "unit 0 runs again: [worker] lost"]
+    assert lines[2].startswith("metric: 2/2 units, 128 rows, ")  # the first unit was within the interval
+    assert lines[3:] == ["metric: done in 1.2 s", "linear: started", "linear: done in 2.0 s"]
+
+
+def test_progress_in_a_terminal_is_a_live_view():
+    stream = io.StringIO()
+    hear(Console(file=stream, force_terminal=True, width=100, color_system=None))
+
+    lines = stream.getvalue().splitlines()
+    assert [line for line in lines if line.endswith("unit 0 runs again: [worker] lost")] != []
+    assert "2/2" in [line for line in lines if "metric" in line][-1]
+    assert "1/1" in [line for line in lines if "linear" in line][-1]
+
+
+def test_verify_and_inspect_refuse_what_is_no_store(tmp_path, capsys):
+    for command in ("verify", "inspect"):
+        assert exit_code([command, str(tmp_path / "gone")]) == 3
+        assert str(tmp_path / "gone") in capsys.readouterr().err
+
+
+def test_verify_names_a_changed_chunk_and_inspect_describes_a_whole_store(tmp_path, capsys):
+    import numpy as np
+
+    from fisher_ray.store import save_arrays
+
+    url = str(tmp_path / "metric.zarr")
+    save_arrays(url, {"eigvals": np.arange(64.0)}, {"damping": 0.5})
+    assert exit_code(["verify", url]) == 0
+    assert exit_code(["inspect", url]) == 0
+    assert "eigvals" in capsys.readouterr().out
+
+    chunk = next(
+        path
+        for path in (tmp_path / "metric.zarr" / "eigvals").rglob("*")
+        if path.is_file() and path.name != "zarr.json"
+    )
+    raw = bytearray(chunk.read_bytes())
+    raw[3] ^= 1
+    chunk.write_bytes(raw)
+    assert exit_code(["verify", url]) == 3
+    shown = capsys.readouterr()
+    assert "eigvals" in shown.out
+    assert shown.err.startswith(f"error: {url} does not hold what was written: 1 problem")

@@ -1,0 +1,158 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fisher_ray
+from fisher_ray.config import Config
+from fisher_ray.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+CIFAR10 = CONFIGS / "cifar10.yaml"
+DEMO = Path(fisher_ray.__file__).with_name("demo.yaml")
+
+
+def minimal(**replaced: Any) -> dict[str, Any]:
+    source = {"path": "x.parquet"}
+    values = {
+        "output": "out",
+        "data": {"train": source, "shallow": source, "test": source},
+        "model": {"factory": "module:function"},
+        "base": {"steps": 1},
+    }
+    return values | replaced
+
+
+def test_cifar10_configuration_is_the_recipe():
+    config = Config.from_yaml(CIFAR10)
+
+    assert config.data.train is not None
+    assert (config.data.train.rows, config.data.shallow.rows, config.data.test.rows) == (
+        (0, 25000),
+        (25000, 50000),
+        None,
+    )
+    assert config.base is not None
+    assert (config.base.steps, config.base.batch_size, config.base.lr) == (1800, 64, 0.05)
+    assert (config.compression.dim, config.metric.rank) == (2048, 1024)
+    assert (config.linear.model, config.linear.views) == ("ridge", 2)
+
+
+def test_digits_configuration_is_the_one_that_demo_runs():
+    assert Config.from_yaml(CONFIGS / "digits.yaml") == Config.from_yaml(DEMO)
+
+
+def test_demo_has_several_units_for_several_workers():
+    config = Config.from_yaml(DEMO)
+
+    assert config.runtime.unit_rows < 600 / 2
+
+
+def test_keys_left_out_take_the_documented_defaults():
+    config = Config.from_dict(minimal())
+
+    assert (config.scores.labels, config.compression.kind, config.metric.estimator) == ("all", "kronecker", "exact")
+    assert (config.store.dtype, config.store.codec, config.data.on_error) == ("float16", "none", "stop")
+    assert (config.runtime.num_workers, config.runtime.max_attempts, config.runtime.wait_s) == ("auto", 3, 600.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("metric.rnk=3", ["'metric.rnk'", "'rank'"]),
+        ("nope=1", ["'nope'", "known keys", "output"]),
+        ("data.train.pth=x", ["'data.train.pth'", "'path'"]),
+        ("linear.views=3", ["linear.views", "1 or 2", "3"]),
+        ("metric.rank=0", ["metric.rank", "greater than 0", "0"]),
+        ("metric.fraction=1.5", ["metric.fraction", "1.5"]),
+        ("linear.penalties=[1, 0]", ["linear.penalties.1", "0"]),
+        ("base.lr=.nan", ["base.lr", "nan"]),
+        ("seed=many", ["seed", "'many'"]),
+        ("compression.kind=magic", ["compression.kind", "'kronecker'", "'magic'"]),
+        ("data.train.rows=[5, 2]", ["data.train", "[5, 2]", "0 <= start < stop"]),
+        ("data.train.factory=m:f", ["data.train", "'path'", "'factory'"]),
+        ("data.train.format=torch", ["data.train", "'factory'"]),
+        ("data.shallow=3", ["data.shallow", "3"]),
+        ("runtime.unit_rows=1000", ["runtime.unit_rows 1000", "store.chunk_rows 1024"]),
+        ("base=null", ["base", "model.checkpoint"]),
+        ("model.checkpoint=x.safetensors", ["base", "model.checkpoint"]),
+        ("data.train=null", ["'base'", "'data.train'"]),
+    ],
+)
+def test_a_wrong_key_is_named_with_its_path_and_value(override, words):
+    with pytest.raises(ConfigError) as caught:
+        Config.from_yaml(CIFAR10, [override])
+
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_every_wrong_key_is_named_at_once():
+    with pytest.raises(ConfigError, match=r"metric\.rnk.*linear\.views"):
+        Config.from_yaml(CIFAR10, ["metric.rnk=3", "linear.views=5"])
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ConfigError, match=r"missing key 'data\.test'"):
+        Config.from_dict(minimal(data={"train": {"path": "x"}, "shallow": {"path": "x"}}))
+
+
+@pytest.mark.parametrize("override", ["a", "=1", "seed.a=1", "seed=[1", "seed=!!python/name:os.system"])
+def test_an_override_that_cannot_be_applied_is_quoted(override):
+    with pytest.raises(ConfigError, match="--set") as caught:
+        Config.from_yaml(CIFAR10, [override])
+
+    assert override in str(caught.value)
+
+
+def test_later_overrides_win_and_sections_left_out_are_made():
+    config = Config.from_yaml(CIFAR10, ["seed=1", "seed=2", "model.kwargs.num_classes=7"])
+
+    assert config.seed == 2
+    assert config.model.kwargs == {"num_classes": 7}
+
+
+@given(st.integers(0, 2**31), st.floats(1e-6, 1.0), st.booleans())
+def test_overrides_equal_the_same_values_in_the_file(seed, fraction, hidden):
+    overrides = [f"seed={seed}", f"metric.fraction={yaml.safe_dump(fraction).split()[0]}", f"linear.hidden={hidden}"]
+    values = yaml.safe_load(CIFAR10.read_text())
+    values["seed"], values["metric"]["fraction"], values["linear"]["hidden"] = seed, fraction, hidden
+
+    assert Config.from_yaml(CIFAR10, overrides) == Config.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "1: 2", "? [1]\n: 3", "!!python/object:os.system x", "\0"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError):
+        Config.from_yaml(path)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\xff\xfe\xff")
+
+    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML"):
+        Config.from_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone\.yaml: No such file"):
+        Config.from_yaml(tmp_path / "gone.yaml")
+
+
+def test_a_configuration_is_frozen():
+    config = Config.from_dict(minimal())
+
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_a_configuration_survives_json():
+    config = Config.from_yaml(CIFAR10)
+
+    assert Config.model_validate_json(config.model_dump_json()) == config

@@ -1,0 +1,232 @@
+import copy
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from fisher_ray.report import render_table, write_report
+from fisher_ray.storage import Storage
+
+RESULTS = {
+    "schema": 1,
+    "num_test": 10_000,
+    "num_features": 12_544,
+    "views": 2,
+    "accuracy": {"base": 0.613, "linear_probe": 0.635, "trained_on": 0.699, "fisher_linear": 0.693, "gradnet": None},
+    "seconds": {"base": 41.2, "metric": 14.8, "features": 72.5, "linear": 61.3, "trained_on": 148.7},
+    "samples_per_second": {"metric": 168.9, "features": 482.8},
+}
+DETAILS = {
+    "eigvals": [2.5 * i**-1.3 for i in range(1, 1025)],
+    "damping": 0.0021,
+    "path": [
+        {"penalty": 0.03, "accuracy": 0.671},
+        {"penalty": 0.1, "accuracy": 0.688},
+        {"penalty": 0.3, "accuracy": 0.694},
+        {"penalty": 1.0, "accuracy": 0.691},
+        {"penalty": 3.0, "accuracy": 0.672},
+    ],
+    "seconds": {"base": 41.2, "metric": 14.8, "features": 72.5, "linear": 61.3, "trained_on": 148.7},
+    "config": "output: runs/cifar10\nseed: 0\nmodel: {factory: 'fisher_ray.models:paper_cnn'}  # " + "long " * 40,
+    "layers": [{"name": "conv1", "coordinates": 2048, "shape": [64, 64, 5, 5]}],
+    "skipped": [{"split": "shallow", "row": 1234, "reason": "train-0.parquet row 1234: not a picture"}],
+    "intervals": {"base": [0.6034, 0.6221], "fisher_linear": [0.69, 0.696]},
+    "verdict": "Level with training on: the linear model on Fisher features is 0.6 points below it.",
+    "environment": {"python": "3.11.2", "torch": "2.13.0", "machine": "2 cores, " + "x" * 90},
+}
+
+
+def page(tmp_path, results=RESULTS, details=DETAILS):
+    write_report(Storage(str(tmp_path)), results, details)
+    return (tmp_path / "report" / "report.html").read_text()
+
+
+def printed(results):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render_table(results))
+    return console.export_text()
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and collects ids, addresses and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.text, self.labels = [], [], [], "", []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "meta":
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.labels += [found.get("aria-label")] if tag == "svg" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_results_are_written_as_json_as_they_are(tmp_path):
+    page(tmp_path)
+    assert json.loads((tmp_path / "report" / "results.json").read_text()) == RESULTS
+
+
+def test_a_result_that_is_not_a_number_is_not_written(tmp_path):
+    results = copy.deepcopy(RESULTS)
+    results["accuracy"]["base"] = math.nan
+    with pytest.raises(ValueError, match="JSON"):
+        page(tmp_path, results)
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_page_shows_every_model_with_its_difference_to_the_base_and_its_interval(tmp_path):
+    text = Outline(page(tmp_path)).text
+    for expected in ("61.3 %", "63.5 %", "69.9 %", "69.3 %", "+8.0", "+2.2", "60.3 – 62.2 %", "69.0 – 69.6 %"):
+        assert expected in text
+    assert "10,000 clean test samples" in text
+    assert "mirror image" in text
+    assert "GradNet" not in text
+    for expected in (
+        "conv1",
+        "64 × 64 × 5 × 5",
+        "2,048",
+        "train-0.parquet row 1234",
+        "Level with training on",
+        "2.13.0",
+    ):
+        assert expected in text
+
+
+def test_the_page_is_well_formed_with_unique_ids_and_asks_for_nothing_from_elsewhere(tmp_path):
+    text = page(tmp_path)
+    outline = Outline(text)
+    assert len(outline.ids) == len(set(outline.ids)) > 10
+    assert {address.lstrip("#") for address in outline.addresses} <= set(outline.ids)
+    assert not re.search(r"@import|url\((?!#)|<script|<link", text)
+
+
+def test_every_figure_says_in_words_what_it_shows(tmp_path):
+    labels = Outline(page(tmp_path)).labels
+    assert len(labels) == 4
+    assert any("linear model on Fisher features 69.3 %, interval 69.0 – 69.6 %" in label for label in labels)
+    assert any("69.4 % at 0.3" in label for label in labels)
+    assert any("1024 eigenvalues from 2.5 to 0.0003" in label and "damping 0.0021" in label for label in labels)
+    assert any("features 72.5 s" in label for label in labels)
+
+
+def test_figures_take_their_colours_from_the_theme(tmp_path):
+    figures = "".join(re.findall(r"<svg.*?</svg>", page(tmp_path), flags=re.DOTALL))
+    assert "var(--accent)" in figures
+    texts = re.findall(r"<text [^>]*>|<g[^>]*>\s*<text>", figures)
+    assert len(texts) > 30
+    assert all("fill: var(--ink)" in text for text in texts)  # unsaid, it would be black on a dark page
+    assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(href="|url\()#[^")]*', "", figures))
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    assert page(tmp_path / "a") == page(tmp_path / "b")
+
+
+HOSTILE = "<script>alert('1')</script> & \"$x_1$\" [bold]"
+
+
+def test_every_text_is_escaped(tmp_path):
+    details = {
+        **DETAILS,
+        "config": HOSTILE,
+        "verdict": HOSTILE,
+        "seconds": {HOSTILE: 1.0},
+        "layers": [{"name": HOSTILE, "coordinates": 1, "shape": HOSTILE}],
+        "skipped": [{"split": HOSTILE, "row": 1, "reason": HOSTILE}],
+        "environment": {HOSTILE: HOSTILE},
+    }
+    text = page(tmp_path, details=details)
+    assert "<script" not in text
+    outline = Outline(text)
+    assert outline.text.count(HOSTILE) == 10
+    assert HOSTILE in next(label for label in outline.labels if "stage" in label)
+
+
+def test_what_was_not_run_is_shown_as_such_and_gradnet_only_when_it_was(tmp_path):
+    results = copy.deepcopy(RESULTS)
+    results["accuracy"].update(linear_probe=None, trained_on=None, gradnet=0.59)
+    results["views"] = 1
+    text = page(tmp_path, results)
+    assert re.search(r"linear probe on its last hidden layer</th><td>–</td><td>–</td><td>–", text)
+    assert re.search(r"GradNet</th><td>59.0 %</td><td>−2.3", text)
+    assert "mirror" not in text
+
+
+def test_a_page_is_written_even_with_hardly_anything_to_tell(tmp_path):
+    results = {
+        "schema": 1,
+        "num_test": 3,
+        "num_features": 1,
+        "accuracy": {"base": 0.0, "linear_probe": None, "trained_on": None, "fisher_linear": 1.0, "gradnet": None},
+        "seconds": {"base": 0.0, "trained_on": None},
+        "samples_per_second": {"metric": None},
+    }
+    empty = {"eigvals": [0.0], "path": [], "skipped": [], "layers": [], "verdict": None}
+    for details in ({}, empty, {"path": [{"penalty": 1.0, "accuracy": 1.0}], "eigvals": [1.0], "damping": 0.0}):
+        assert "+100.0" in Outline(page(tmp_path, results, details)).text
+
+
+def test_a_long_list_of_skipped_rows_is_cut_and_counted(tmp_path):
+    skipped = [{"split": "shallow", "row": row, "reason": "label 11 is not in [0, 10)"} for row in range(1250)]
+    text = Outline(page(tmp_path, details={**DETAILS, "skipped": skipped})).text
+    assert text.count("label 11") == 100
+    assert "1,250 rows left out" in text
+    assert "And 1,150 more." in text
+
+
+def test_the_table_shows_the_same_in_the_terminal():
+    text = printed(RESULTS)
+    for expected in ("base network", "61.3 %", "+8.6", "69.0 – 70.8 %", "10,000 clean test samples"):
+        assert expected in text
+    assert "GradNet" not in text
+    assert "–" in printed({**RESULTS, "accuracy": {**RESULTS["accuracy"], "trained_on": None}})
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [400, 1200])
+def test_in_a_browser_the_page_is_no_wider_than_the_window(tmp_path, width):
+    text = page(tmp_path)
+    probe = "<script>document.title = `wide ${document.documentElement.scrollWidth - innerWidth}`</script></body>"
+    frame = tmp_path / "frame.html"
+    inner = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'").replace(
+        "</body>", probe
+    )
+    (tmp_path / "inner.html").write_text(inner)
+    # a headless window is never as narrow as a phone, a frame is
+    frame.write_text(
+        f'<iframe id="f" src="inner.html" style="width:{width}px;height:900px;border:0"></iframe>'
+        "<script>f.onload = () => document.body.append(f.contentDocument.title)</script>"
+    )
+    browser = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    flags += " --disable-component-update --allow-file-access-from-files --virtual-time-budget=5000 --dump-dom"
+    command = [
+        browser,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1400,1000",
+        frame.as_uri(),
+    ]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"wide (-?\d+)", dumped), dumped[-2000:]
+    assert int(re.search(r"wide (-?\d+)", dumped)[1]) <= 0
