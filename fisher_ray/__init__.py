@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisher_ray.classifier import FisherClassifier, features, fit_metric, train_linear, write_features
     from fisher_ray.config import Config
     from fisher_ray.errors import (
         ConfigError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
     from fisher_ray.gradients import class_scores, per_sample_gradients
     from fisher_ray.metric import LowRankMetric
+    from fisher_ray.pipeline import run
     from fisher_ray.store import FeatureStore, open_features
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FeatureStore",
+    "FisherClassifier",
     "FisherRayError",
     "LowRankMetric",
     "ModelError",
@@ -43,14 +46,21 @@ __all__ = [
     "StoreError",
     "WorkersLostError",
     "class_scores",
+    "features",
+    "fit_metric",
     "open_features",
     "per_sample_gradients",
+    "run",
+    "train_linear",
+    "write_features",
 ]
 
 _ROOMS = {
+    "classifier": ("FisherClassifier", "features", "fit_metric", "train_linear", "write_features"),
     "config": ("Config",),
     "gradients": ("class_scores", "per_sample_gradients"),
     "metric": ("LowRankMetric",),
+    "pipeline": ("run",),
     "store": ("FeatureStore", "open_features"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,6 +76,20 @@ class BaseConfig(_Section):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     snapshots: tuple[PositiveInt, ...] = ()
     """Steps after which the weights are also kept, as ``base/step-N.safetensors``."""
+
+
+class TrainedOnConfig(_Section):
+    """The comparison's trained-on network: SGD from the base network, for the time that the shallow model took.
+
+    What is left out is as in ``base``, or else as its defaults; the learning rate falls linearly to zero.
+    """
+
+    batch_size: PositiveInt | None = None
+    lr: PositiveFloat | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    seconds: Literal["auto"] | PositiveFloat = "auto"
+    """``auto``: what metric, features and linear model took."""
 
 
 class ScoresConfig(_Section):
@@ -151,6 +166,8 @@ class Config(_Section):
     metric: MetricConfig = MetricConfig()
     store: StoreConfig = StoreConfig()
     linear: LinearConfig = LinearConfig()
+    trained_on: TrainedOnConfig | None = TrainedOnConfig()
+    """``null`` leaves it out of the comparison."""
     runtime: RuntimeConfig = RuntimeConfig()
 
     @model_validator(mode="after")
@@ -167,6 +184,21 @@ class Config(_Section):
         if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
             raise ValueError(f"base.snapshots {list(self.base.snapshots)} go beyond base.steps {self.base.steps}")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys and values that the results depend on: all but places, and how many workers there are."""
+        values = self.model_dump(mode="json", exclude={"output": True, "data": {"root"}, "model": {"checkpoint"}})
+        for key in ("num_workers", "gpus_per_worker", "max_attempts", "wait_s"):
+            del values["runtime"][key]
+        return values
+
+    def located(self) -> Config:
+        """Return this configuration with its relative places joined to the working directory."""
+        model = self.model
+        if model.checkpoint is not None:
+            model = model.model_copy(update={"checkpoint": _absolute(model.checkpoint)})
+        data = self.data.model_copy(update={"root": _absolute(self.data.root)})
+        return self.model_copy(update={"output": _absolute(self.output), "data": data, "model": model})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
@@ -199,6 +231,10 @@ class Config(_Section):
         for override in overrides:
             _override(values, override)
         return cls.from_dict(values)
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else os.path.abspath(place)
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -90,8 +90,30 @@ class Progress(Protocol):
     def unit_done(self, stage: str, receipt: Receipt) -> None:
         """A unit of ``stage`` is finished."""
 
+    def advanced(self, stage: str, done: int, total: int, text: str) -> None:
+        """A stage without units is so far; ``text`` says a little more."""
+
     def note(self, text: str) -> None:
         """Something worth a line happened: a retry, a lost worker, a resumed stage."""
 
     def stage_done(self, name: str, seconds: float) -> None:
         """A stage ended after ``seconds`` of wall time."""
+
+
+class SilentProgress:
+    """Hears everything, says nothing."""
+
+    def stage_started(self, name: str, total: int | None) -> None:
+        """Ignore it."""
+
+    def unit_done(self, stage: str, receipt: Receipt) -> None:
+        """Ignore it."""
+
+    def advanced(self, stage: str, done: int, total: int, text: str) -> None:
+        """Ignore it."""
+
+    def note(self, text: str) -> None:
+        """Ignore it."""
+
+    def stage_done(self, name: str, seconds: float) -> None:
+        """Ignore it."""

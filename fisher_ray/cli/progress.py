@@ -58,6 +58,11 @@ class LineProgress:
             total = "" if counts.total is None else f"/{counts.total}"
             self.note(f"{stage}: {counts.units}{total} units, {counts.rows} rows, {counts.speed()}")
 
+    def advanced(self, stage: str, done: int, total: int, text: str) -> None:
+        """Say so now and then."""
+        if done == total or time.monotonic() - self._last_line_s >= LINE_INTERVAL_S:
+            self.note(f"{stage}: {done}/{total} {text}")
+
     def note(self, text: str) -> None:
         """Write ``text`` as it is."""
         self._last_line_s = time.monotonic()
@@ -85,6 +90,12 @@ class LiveProgress:
         task, counts = self._stages[stage]
         counts.add(receipt)
         self._bars.update(task, completed=counts.units, speed=counts.speed())
+
+    def advanced(self, stage: str, done: int, total: int, text: str) -> None:
+        """Move the bar on."""
+        task, counts = self._stages[stage]
+        counts.units = total
+        self._bars.update(task, completed=done, total=total, speed=text)
 
     def note(self, text: str) -> None:
         """Write ``text`` above the bars."""

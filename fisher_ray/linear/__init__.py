@@ -3,7 +3,7 @@
 from fisher_ray.linear.lbfgs import Minimum, minimise
 from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, preconditioner
 from fisher_ray.linear.ridge import LinearWeights, ridge_path
-from fisher_ray.linear.scoring import accuracy, wilson_interval
+from fisher_ray.linear.scoring import accuracy, fit_temperature, wilson_interval
 from fisher_ray.linear.sums import GramSum, select_columns, standardise
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Minimum",
     "Preconditioner",
     "accuracy",
+    "fit_temperature",
     "loss_and_gradient",
     "minimise",
     "preconditioner",

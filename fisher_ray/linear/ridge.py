@@ -22,15 +22,21 @@ class LinearWeights:
         weight: float32 ``(C, F)``.
         bias: float32 ``(C,)``.
         penalty: relative, as it was asked for.
+        temperature: what scores are divided by before the softmax that makes probabilities of them.
     """
 
     weight: Tensor
     bias: Tensor
     penalty: float
+    temperature: float = 1.0
 
     def scores(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ + b`` ``(B, C)`` of features ``(B, F)``, in the features' dtype and on their device."""
         return torch.nn.functional.linear(x, self.weight.to(x), self.bias.to(x))
+
+    def to_probabilities(self, scores: Tensor) -> Tensor:
+        """Return the softmax of ``scores / temperature``, ``(B, C)``."""
+        return (scores / self.temperature).softmax(dim=-1)
 
 
 def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]:

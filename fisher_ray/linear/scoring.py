@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fisher_ray.errors import DataError
@@ -20,6 +21,35 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     if bool(scores.isnan().any()):
         raise DataError("a score is NaN: look at the features and the model's weights")
     return int((scores.argmax(1) == labels.to(scores.device)).sum()) / len(labels)
+
+
+def fit_temperature(scores: Tensor, labels: Tensor) -> float:
+    """Return the temperature under which the softmax of ``scores / T`` predicts held-out labels best.
+
+    Minimises their mean cross-entropy (temperature scaling; Guo et al., 2017), which is convex in ``1 / T``, by
+    golden-section search for ``log T`` in [log 1e-3, log 1e3] to 1e-4.
+
+    Args:
+        scores: ``(N, C)``, of rows that the model was not fitted on.
+        labels: int64 ``(N,)``.
+
+    Raises:
+        DataError: as :func:`accuracy`.
+    """
+    accuracy(scores, labels)  # for its checks
+    scores, golden = scores.double(), (math.sqrt(5) - 1) / 2
+
+    def loss(log_temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(scores * math.exp(-log_temperature), labels.long()))
+
+    low, high = math.log(1e-3), math.log(1e3)
+    while high - low > 1e-4:
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if loss(left) <= loss(right):
+            high = right
+        else:
+            low = left
+    return math.exp((low + high) / 2)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -1,0 +1,6 @@
+"""Metric, features and linear model on tensors in this process, without Ray; and the classifier that they make."""
+
+from fisher_ray.classifier.fitting import features, fit_metric, train_linear, write_features
+from fisher_ray.classifier.module import FisherClassifier
+
+__all__ = ["FisherClassifier", "features", "fit_metric", "train_linear", "write_features"]

@@ -1,0 +1,66 @@
+"""Features of all classes on tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fisher_ray.errors import ModelError
+from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
+from fisher_ray.metric import LowRankMetric
+from fisher_ray.records import Batch
+from fisher_ray.stages.passes import batch_features
+
+MICRO_BATCH = 64
+
+
+class FeatureMap:
+    """Features of all classes of one network under one metric, micro-batch by micro-batch.
+
+    Args:
+        model: the network that ``metric`` was fitted on.
+        metric: what whitens.
+        views: 2 averages over each input and its mirror image.
+
+    Raises:
+        ModelError: if the metric belongs to another network, or the network cannot be used.
+    """
+
+    def __init__(self, model: nn.Module, metric: LowRankMetric, views: int) -> None:
+        """See the class."""
+        self._metric, self._views = metric, views
+        self._engine = ScoreEngine(model, metric.attributes.get("parameters", "*"))
+        shapes = self._engine.block_shapes
+        for name, basis in metric.bases.items():
+            if shapes.get(name) != (len(basis.outputs), len(basis.inputs)):
+                raise ModelError(
+                    f"the metric has a layer {name!r} with factors of {len(basis.outputs)} × {len(basis.inputs)}, the "
+                    f"network has {shapes.get(name, 'none of that name')}: it was fitted on another network"
+                )
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None."""
+        like = next(self._engine.model.parameters())
+        compressor = KroneckerCompressor(self._metric.bases, like)
+        blocks = [
+            batch_features(
+                self._engine,
+                compressor,
+                self._metric,
+                as_batch(part, None, like),
+                labels="all",
+                seed=0,
+                views=self._views,
+            )
+            for part in torch.split(inputs, MICRO_BATCH)
+        ]
+        made, logits, hidden = zip(*blocks, strict=True)
+        kept = [part for part in hidden if part is not None]
+        return torch.cat(made), torch.cat(logits), torch.cat(kept) if kept else None
+
+
+def as_batch(inputs: Tensor, labels: Tensor | None, like: Tensor, start: int = 0) -> Batch:
+    """Return a batch of rows numbered from ``start``, on the device and in the dtype of ``like``."""
+    index = torch.arange(start, start + len(inputs))
+    labels = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
+    return Batch(inputs.to(like), labels.to(like.device), index)

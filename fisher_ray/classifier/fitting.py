@@ -1,0 +1,231 @@
+"""Metric, features and ridge regression on tensors, one function each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fisher_ray.classifier.feature_map import MICRO_BATCH, FeatureMap, as_batch
+from fisher_ray.config import LinearConfig
+from fisher_ray.data import Source, load_batches, plan_units
+from fisher_ray.errors import RequestError
+from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
+from fisher_ray.linear import GramSum, LinearWeights, accuracy, fit_temperature, ridge_path
+from fisher_ray.metric import LowRankMetric, choose_bases, decompose, identity_bases
+from fisher_ray.records import Batch
+from fisher_ray.stages.passes import feature_arrays, fisher_pass, kronecker_pass
+from fisher_ray.stages.shallow import score_rows, store_rows
+from fisher_ray.store import (
+    FeatureStore,
+    StoreSpec,
+    create_store,
+    finished_units,
+    open_features,
+    seal,
+    write_unit,
+)
+
+Data = Tensor | Source | Iterable[Any]
+Labels = Literal["all", "true", "sampled", "uniform"]
+_CHOICES = {
+    "labels": Labels,
+    "compression": Literal["kronecker", "identity"],
+    "estimator": Literal["exact"],
+    "structure": Literal["global"],
+}
+
+
+def fit_metric(
+    model: nn.Module,
+    data: Data,
+    *,
+    labels: Labels = "all",
+    parameters: str = "*",
+    compression: Literal["kronecker", "identity"] = "kronecker",
+    dim: int = 1024,
+    estimator: Literal["exact"] = "exact",
+    structure: Literal["global"] = "global",
+    rank: int | None = None,
+    damping: float | Literal["auto"] = "auto",
+    seed: int = 0,
+) -> LowRankMetric:
+    """Fit a low-rank Fisher metric of ``model`` on ``data``, in this process; ``data`` is read twice.
+
+    Args:
+        model: network in eval mode with Linear and Conv2d parameters, logits ``(B, C)``.
+        data: inputs ``(N, ...)``; or an iterable of batches that can be read again, each inputs ``(B, ...)`` or a pair
+            ``(inputs, labels)``; or a source of :func:`fisher_ray.data.open_source`.
+        labels: whose scores: all classes weighted by ``√p_c``, the true ones, or drawn from ``p`` or uniformly.
+        parameters: glob over the parameters' names.
+        compression: see :class:`fisher_ray.config.CompressionConfig`.
+        dim: ``D``, for ``kronecker``.
+        estimator: of the Fisher in the ``D`` coordinates.
+        structure: of the metric.
+        rank: ``R``; by default ``D``.
+        damping: relative to the mean eigenvalue, or ``auto``: see :func:`fisher_ray.metric.held_out_damping`.
+        seed: of drawn labels.
+
+    Returns:
+        The metric; fewer than ``R`` directions where the Fisher has fewer.
+
+    Raises:
+        ModelError: if the network cannot be used.
+        DataError: if the data gives no, or a non-finite, Fisher matrix.
+        RequestError: if an option is wrong, or ``data`` can be read only once.
+    """
+    _check_options(data, dim, rank, labels=labels, compression=compression, estimator=estimator, structure=structure)
+    engine, like = ScoreEngine(model, parameters), next(model.parameters())
+    shapes = engine.block_shapes
+    if compression == "kronecker":
+        sums = kronecker_pass(engine, _batches(data, labels, like), labels, seed)
+        bases = choose_bases(sums, shapes, dim)
+    else:
+        bases = identity_bases(shapes)
+    compressor = KroneckerCompressor(bases, like)
+    fisher = fisher_pass(engine, compressor, _batches(data, labels, like), labels, seed)
+    eigvals, eigvecs, chosen = decompose(fisher, rank or compressor.dim, damping)
+    return LowRankMetric(bases, eigvals, eigvecs, chosen, {"labels": labels, "parameters": parameters})
+
+
+def features(model: nn.Module, metric: LowRankMetric, inputs: Tensor) -> Tensor:
+    """Return the whitened features of all classes, ``(B, C, R)``, in the network's dtype.
+
+    Args:
+        model: the network that ``metric`` was fitted on.
+        metric: of :func:`fit_metric` or of a run.
+        inputs: ``(B, ...)``.
+
+    Raises:
+        ModelError: if the metric belongs to another network, or the network cannot be used.
+    """
+    return FeatureMap(model, metric, views=1)(inputs)[0]
+
+
+def write_features(
+    model: nn.Module,
+    metric: LowRankMetric,
+    inputs: Tensor,
+    url: str,
+    *,
+    labels: Tensor | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+    chunk_rows: int = 1024,
+    codec: Literal["none", "zstd"] = "none",
+    views: Literal[1, 2] = 1,
+) -> FeatureStore:
+    """Write the features of all classes to a sealed store, in this process; a store that was begun is finished.
+
+    Args:
+        model: the network that ``metric`` was fitted on.
+        metric: what whitens.
+        inputs: ``(N, ...)``.
+        url: a local path or ``s3://bucket/prefix``.
+        labels: int64 ``(N,)``; -1 is stored where there are none.
+        dtype: stored type.
+        chunk_rows: rows of one chunk.
+        codec: of the chunks.
+        views: 2 averages each input's features with its mirror image's (its last axis reversed).
+
+    Raises:
+        ModelError: as :func:`features`.
+        RequestError: if inputs and labels differ in length, or there are none.
+        StoreError: if ``url`` holds something else.
+        StorageError: if it cannot be written.
+    """
+    labels = torch.full((len(inputs),), -1) if labels is None else labels
+    if not len(inputs) or labels.shape != (len(inputs),):
+        raise RequestError(f"inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)} are not (N, …) and (N,)")
+    mapping = FeatureMap(model, metric, views)
+    sample, logits, hidden = mapping(inputs[:1])
+    num_classes, width = logits.shape[1], None if hidden is None else hidden.shape[1]
+    arrays = feature_arrays(sample.shape[2], num_classes, num_classes, width, dtype, metric.feature_rms)
+    create_store(url, StoreSpec(len(inputs), chunk_rows, chunk_rows, codec, arrays, {"views": views, "labels": "all"}))
+    done, units = finished_units(url), plan_units(len(inputs), chunk_rows)
+    for unit in units:
+        if unit.index not in done:
+            rows = slice(unit.start, unit.stop)
+            made, logits, hidden = mapping(inputs[rows])
+            given = {
+                "features": made,
+                "logits": logits,
+                "labels": labels[rows],
+                "index": torch.arange(len(inputs))[rows],
+            }
+            given |= {} if hidden is None else {"hidden": hidden}
+            write_unit(url, unit, {name: value.cpu().numpy() for name, value in given.items()}, attempt=1, skipped={})
+    seal(url, len(units))
+    return open_features(url)
+
+
+def train_linear(
+    store: FeatureStore,
+    *,
+    penalties: Sequence[float] = LinearConfig().penalties,
+    validation: float = 0.1,
+    hidden: bool = True,
+    seed: int = 0,
+) -> LinearWeights:
+    """Fit a ridge regression on a feature store's labels, in this process.
+
+    The penalty and the temperature of the probabilities are chosen on rows held out of the store's; the model is then
+    fitted on all rows.
+
+    Args:
+        store: of :func:`write_features` or of a run (``features/train.zarr``).
+        penalties: grid, relative to the mean diagonal of the standardised Gram matrix.
+        validation: share of the rows held out.
+        hidden: whether the last hidden layer, where stored, is part of the columns, after the features.
+        seed: of the choice of rows.
+
+    Returns:
+        Weights ``(C, F)`` in the raw columns' units.
+
+    Raises:
+        DataError: if a label is missing, or no rows are left to choose the penalty on.
+        RequestError: if a penalty is not positive.
+        StoreError: if a chunk is missing or corrupt.
+    """
+    rows = partial(store_rows, store, seed=seed, validation=validation, use_hidden=hidden)
+    first = next(rows("all"))
+    num_columns, num_classes = first["x"].shape[1], store.arrays["logits"].shape[1]
+    sums = {part: GramSum.zeros(num_columns, num_classes) for part in ("fit", "validation")}
+    for part, total in sums.items():
+        for block in rows(part):
+            total.add(block["x"], block["labels"])
+    scores, labels = score_rows(rows("validation"), "x", ridge_path(sums["fit"], penalties))
+    best = max(range(len(penalties)), key=lambda place: (accuracy(scores[place], labels), penalties[place]))
+    sums["fit"].merge(sums["validation"])
+    model = ridge_path(sums["fit"], [penalties[best]])[0]
+    return replace(model, temperature=fit_temperature(scores[best], labels))
+
+
+def _batches(data: Data, labels: Labels, like: Tensor) -> Iterator[Batch]:
+    """Yield the micro-batches of ``data``, rows numbered from 0."""
+    if isinstance(data, Source):
+        for batch in load_batches(data, range(len(data)), MICRO_BATCH, num_classes=None):
+            yield Batch(batch.inputs.to(like), batch.labels.to(like.device), batch.index)
+        return
+    start = 0
+    for item in [data] if isinstance(data, Tensor) else data:
+        inputs, targets = (item, None) if isinstance(item, Tensor) else (item[0], item[1])
+        if targets is None and labels == "true":
+            raise RequestError("labels 'true' needs batches of (inputs, labels); these are inputs alone")
+        for place in range(0, len(inputs), MICRO_BATCH):
+            part = slice(place, place + MICRO_BATCH)
+            yield as_batch(inputs[part], None if targets is None else targets[part], like, start)
+            start += len(inputs[part])
+
+
+def _check_options(data: Data, dim: int, rank: int | None, **choices: str) -> None:
+    for name, value in choices.items():
+        if value not in (known := get_args(_CHOICES[name])):
+            raise RequestError(f"{name} {value!r} is not one of {', '.join(known)}")
+    if dim <= 0 or (rank is not None and rank <= 0):
+        raise RequestError(f"dim {dim} and rank {rank} are not both positive")
+    if isinstance(data, Iterator):
+        raise RequestError("data can be read only once, and is needed twice. Give a tensor, a list or a data loader.")

@@ -1,0 +1,154 @@
+"""The classifier that takes over from the network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fisher_ray.classifier.feature_map import FeatureMap
+from fisher_ray.config import Config
+from fisher_ray.errors import ModelError, StoreError
+from fisher_ray.journal import read_run
+from fisher_ray.linear import LinearWeights
+from fisher_ray.metric import LowRankMetric, bases_from, basis_arrays
+from fisher_ray.stages.networks import build_network, load_state
+from fisher_ray.stages.shallow import load_weights
+from fisher_ray.stages.workbench import BASE_FILE
+from fisher_ray.storage import Storage
+
+SCHEMA = 1
+_METADATA = "fisher_ray"
+
+
+class FisherClassifier(nn.Module):
+    """A base network, its Fisher metric and a linear model on the features: what takes over from the network.
+
+    Args:
+        model: the base network, in eval mode.
+        metric: of that network, of the scores of all classes.
+        weights: of ``C · R`` feature columns, with or without the last hidden layer's after them.
+        views: 2 averages the features of each input and of its mirror image (its last axis reversed).
+
+    Raises:
+        ModelError: if the parts do not fit together.
+    """
+
+    def __init__(
+        self, model: nn.Module, metric: LowRankMetric, weights: LinearWeights, *, views: Literal[1, 2] = 1
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        if metric.attributes.get("labels", "all") != "all":
+            raise ModelError(
+                f"the metric's features are those of {metric.attributes['labels']} labels, which a new sample does not "
+                "have. Fit it with labels='all'."
+            )
+        self.model = model
+        self._metric, self._weights, self._views = metric, weights, views
+        self._map = FeatureMap(model, metric, views)
+        self.eval()
+
+    @classmethod
+    def from_run(cls, url: str) -> FisherClassifier:
+        """Take the parts from a run folder whose linear model is fitted; the model's factory is imported.
+
+        Raises:
+            ConfigError: if ``url`` is no run folder.
+            StoreError: if metric or linear model are missing or damaged.
+        """
+        storage = Storage(url)
+        config = Config.from_dict(read_run(storage)["config"])
+        model = build_network(config.model, config.seed)
+        load_state(model, safetensors.torch.load(storage.read_bytes(BASE_FILE)), f"{url}/{BASE_FILE}")
+        place = url.rstrip("/")
+        weights = load_weights(f"{place}/linear/weights.zarr")
+        return cls(model, LowRankMetric.load(f"{place}/metric.zarr"), weights, views=config.linear.views)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return scores ``(B, C)`` of inputs ``(B, ...)``; their order is the classes', their scale the linear model's.
+
+        Raises:
+            ModelError: if the linear model has other columns than the features.
+        """
+        made, _, hidden = self._map(inputs)
+        x = made.flatten(1)
+        if hidden is not None and x.shape[1] + hidden.shape[1] == self._weights.weight.shape[1]:
+            x = torch.cat([x, hidden], dim=1)
+        if x.shape[1] != self._weights.weight.shape[1]:
+            raise ModelError(
+                f"the linear model has {self._weights.weight.shape[1]} columns, the features {x.shape[1]}: "
+                "it was fitted on the features of another metric"
+            )
+        return self._weights.scores(x)
+
+    def predict_proba(self, inputs: Tensor) -> Tensor:
+        """Return probabilities ``(B, C)``: the softmax of the scores over the temperature fitted on held-out rows."""
+        return self._weights.to_probabilities(self(inputs))
+
+    def to_bytes(self) -> bytes:
+        """Return all parts as one safetensors file."""
+        metric, weights = self._metric, self._weights
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {"metric.eigvals": metric.eigvals, "metric.eigvecs": metric.eigvecs}
+        tensors |= {f"metric.{name}": torch.from_numpy(value) for name, value in basis_arrays(metric.bases).items()}
+        tensors |= {"linear.weight": weights.weight, "linear.bias": weights.bias}
+        rest = {
+            "schema": SCHEMA,
+            "blocks": list(metric.bases),
+            "damping": metric.damping,
+            "attributes": metric.attributes,
+            "penalty": weights.penalty,
+            "temperature": weights.temperature,
+            "views": self._views,
+        }
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        return bytes(safetensors.torch.save(contiguous, {_METADATA: json.dumps(rest)}))
+
+    def save(self, url: str) -> None:
+        """Write one safetensors file to a local path or ``s3://``.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        folder, _, name = url.rpartition("/")
+        Storage(folder or ".").write_bytes(name, self.to_bytes())
+
+    @classmethod
+    def load(cls, url: str, model: nn.Module) -> FisherClassifier:
+        """Read what :meth:`save` wrote, into a network of the same architecture.
+
+        Args:
+            url: a local path or ``s3://``.
+            model: takes the weights of the file.
+
+        Raises:
+            StoreError: if the file is not a classifier's.
+            ModelError: if ``model`` is another architecture.
+        """
+        folder, _, name = url.rpartition("/")
+        raw = Storage(folder or ".").read_bytes(name)
+        tensors, rest = _unpack(raw, url)
+        state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+        load_state(model.eval(), state, url)
+        bases = bases_from({k.removeprefix("metric."): v.numpy() for k, v in tensors.items()}, rest["blocks"])
+        eigvals, eigvecs = tensors["metric.eigvals"], tensors["metric.eigvecs"]
+        metric = LowRankMetric(bases, eigvals, eigvecs, rest["damping"], rest["attributes"])
+        weights = LinearWeights(tensors["linear.weight"], tensors["linear.bias"], rest["penalty"], rest["temperature"])
+        return cls(model, metric, weights, views=rest["views"])
+
+
+def _unpack(raw: bytes, url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        size = int.from_bytes(raw[:8], "little")
+        rest = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"][_METADATA])
+        tensors = safetensors.torch.load(raw)
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise StoreError(f"{url} is not a file of FisherClassifier.save: {type(error).__name__}: {error}") from error
+    if rest.get("schema") != SCHEMA:
+        raise StoreError(f"{url} has schema {rest.get('schema')}, this program reads {SCHEMA}")
+    return tensors, rest

@@ -1,0 +1,206 @@
+"""The run folder's memory: ``run.json``, which says how far a run came, and ``events.jsonl``, what happened."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from fisher_ray.errors import ConfigError, ResumeMismatchError
+from fisher_ray.storage import Storage
+
+SCHEMA = 1
+PROGRAM = "fisher_ray"
+RUN_FILE, EVENTS_FILE = "run.json", "events.jsonl"
+OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", EVENTS_FILE, RUN_FILE)
+"""What a run writes into its folder; ``run.json`` last, so that a half-removed folder is still known as one."""
+EVENTS_EVERY_S = 30.0
+"""Least time between two writes of the events, stages' ends apart."""
+
+
+class Journal:
+    """Stages of one run and their results; every change is on storage before the call returns.
+
+    Args:
+        storage: the run folder.
+        document: the content of ``run.json``.
+        events: lines of ``events.jsonl``.
+    """
+
+    def __init__(self, storage: Storage, document: dict[str, Any], events: list[str]) -> None:
+        """Use :meth:`open`."""
+        self._storage, self._document, self._events = storage, document, events
+        self._written_s = time.monotonic()
+        self._running: tuple[dict[str, Any], float] | None = None  # the stage's record, and when it counts from
+
+    @classmethod
+    def open(cls, storage: Storage, facts: dict[str, Any], *, fresh: bool = False) -> Journal:
+        """Take up the run in the folder, or start one there.
+
+        Args:
+            storage: the run folder.
+            facts: ``identity`` and ``fingerprints``, which a run that is taken up must have had too; and whatever else
+                is to be kept (``config``, ``versions``), which may have changed.
+            fresh: remove what an earlier run left, and start anew.
+
+        Raises:
+            ResumeMismatchError: if the folder's run had another configuration, model or data, naming the difference.
+            ConfigError: if the folder holds something else.
+            StorageError: if storage does not answer.
+        """
+        document = _read(storage)
+        if document is None:
+            _refuse_foreign(storage)
+        elif fresh:
+            for name in OWN:
+                storage.remove(name)
+            document = None
+        if document is None:
+            journal = cls(storage, {"schema": SCHEMA, "program": PROGRAM, "stages": {}, "decisions": {}, **facts}, [])
+            journal._save()
+            return journal
+        if differences := _differences(document, facts):
+            raise ResumeMismatchError(
+                f"{storage.url} holds a run of another configuration, model or data: {'; '.join(differences)}. "
+                "Give another output, or start anew in the same place with --fresh."
+            )
+        return cls(storage, {**document, **facts}, _read_events(storage))
+
+    def sealed(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return bool(self._stage(stage).get("sealed"))
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """Return what a finished stage was sealed with."""
+        return dict(self._stage(stage)["result"])
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Return ``seconds`` and ``result`` of every finished stage."""
+        stages = self._document["stages"]
+        return {
+            name: {"seconds": record["seconds"], "result": record["result"]}
+            for name, record in stages.items()
+            if record.get("sealed")
+        }
+
+    def seconds(self, stage: str) -> float:
+        """Return the wall time that a stage took, over all attempts."""
+        return float(self._stage(stage).get("seconds", 0.0))
+
+    def decide(self, name: str, value: Any) -> Any:
+        """Return what was decided under ``name`` when the run first came here: now, it is ``value``."""
+        decisions = self._document["decisions"]
+        if name not in decisions:
+            decisions[name] = value
+            self._save()
+        return decisions[name]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Run a stage: what the caller puts into the yielded mapping is its result; an exception leaves it unsealed.
+
+        The time spent is kept in either case.
+        """
+        record = self._document["stages"].setdefault(name, {"seconds": 0.0})
+        self._running, result = (record, time.monotonic() - record["seconds"]), dict[str, Any]()
+        self.event("stage started", stage=name)
+        try:
+            yield result
+            record |= {"sealed": True, "result": result}
+        finally:
+            self._clock()
+            self._running = None
+            outcome = "stage done" if record.get("sealed") else "stage interrupted"
+            self.event(outcome, stage=name, seconds=round(record["seconds"], 3))
+            self._flush()
+
+    def event(self, what: str, **values: Any) -> None:
+        """Keep a line; it is on storage within :data:`EVENTS_EVERY_S` of the next one, or at the stage's end."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._events.append(json.dumps({"time": now, "event": what, **values}))
+        if time.monotonic() - self._written_s > EVENTS_EVERY_S:
+            self._clock()
+            self._flush()
+
+    def _clock(self) -> None:
+        if self._running is not None:
+            record, since = self._running
+            record["seconds"] = time.monotonic() - since
+
+    def _stage(self, name: str) -> dict[str, Any]:
+        return dict(self._document["stages"].get(name, {}))
+
+    def _flush(self) -> None:
+        self._storage.write_bytes(EVENTS_FILE, "".join(f"{line}\n" for line in self._events).encode())
+        self._save()
+        self._written_s = time.monotonic()
+
+    def _save(self) -> None:
+        self._storage.write_bytes(RUN_FILE, (json.dumps(self._document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_run(storage: Storage) -> dict[str, Any]:
+    """Return the content of a run folder's ``run.json``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    document = _read(storage)
+    if document is None:
+        raise ConfigError(f"{storage.url} is no run folder: it has no {RUN_FILE}. Check the URL.")
+    return document
+
+
+def _read(storage: Storage) -> dict[str, Any] | None:
+    try:
+        document = json.loads(storage.read_bytes(RUN_FILE))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or document.get("program") != PROGRAM:
+        raise ConfigError(f"{storage.url}/{RUN_FILE} is not this program's. Give another output.")
+    if document.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{storage.url} was written with schema {document.get('schema')}, this program writes {SCHEMA}. "
+            "Give another output."
+        )
+    return document
+
+
+def _refuse_foreign(storage: Storage) -> None:
+    if names := storage.list():
+        raise ConfigError(
+            f"output {storage.url} is not empty and no run folder: it holds {names[0]}. Give an empty or a new place."
+        )
+
+
+def _read_events(storage: Storage) -> list[str]:
+    try:
+        return storage.read_bytes(EVENTS_FILE).decode().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _differences(document: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    return [
+        line
+        for section, word in (("identity", ""), ("fingerprints", "fingerprint of "))
+        for line in _compare(document.get(section), facts[section], "", word)
+    ]
+
+
+def _compare(before: Any, now: Any, key: str, word: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        prefix = f"{key}." if key else ""
+        keys = sorted(before.keys() | now.keys())
+        return [line for k in keys for line in _compare(before.get(k), now.get(k), f"{prefix}{k}", word)]
+    return [] if before == now else [f"{word}{key} was {_short(before)}, now {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,277 @@
+"""The stages in order. A stage reads only what an earlier one sealed; a run that is taken up skips what is sealed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Literal
+
+import yaml
+
+from fisher_ray import report
+from fisher_ray.classifier import FisherClassifier
+from fisher_ray.config import Config
+from fisher_ray.errors import ConfigError
+from fisher_ray.journal import Journal
+from fisher_ray.records import Progress, Receipt, SilentProgress, Unit
+from fisher_ray.runtime import Pool, Session
+from fisher_ray.stages import Facts, inspect_request, planning, shallow, tasks, training
+from fisher_ray.stages.passes import feature_spec
+from fisher_ray.storage import Storage
+from fisher_ray.store import create_store, finished_units, open_features, seal
+
+Until = Literal["base", "metric", "features", "linear", "report"]
+FEATURE_STORES = {"train": "shallow", "test": "test"}
+"""The feature stores' names, and the split that each is made of."""
+
+
+def run(
+    config: Config,
+    address: str | None = None,
+    *,
+    fresh: bool = False,
+    until: Until | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run every stage that is not sealed yet, on Ray.
+
+    Args:
+        config: the run.
+        address: of a Ray cluster; by default ``RAY_ADDRESS``, else Ray is started inside this process.
+        fresh: start anew in the same folder instead of resuming.
+        until: the last stage to run; None for all.
+        progress: hears how it goes.
+
+    Returns:
+        The content of ``report/results.json``, or with ``until`` an earlier stage what is known of each stage so far.
+
+    Raises:
+        RequestError: if the configuration, the model or the address is wrong, before any work.
+        DataError: if a row or a store is wrong.
+        StoppedError: if the run ended early; run again to resume.
+    """
+    config = config.located()
+    _refuse_leak(config, until)
+    session, progress = Session(address), progress or SilentProgress()
+    facts = inspect_request(config)
+    journal = Journal.open(Storage(config.output), _journal_facts(config, facts), fresh=fresh)
+
+    def note(text: str) -> None:
+        progress.note(text)
+        journal.event("note", text=text)
+
+    with closing(session), closing(Pool(session, config, facts, note)) as pool:
+        return _Run(config, facts, journal, session, pool, progress).run(until or "report")
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """Return what :func:`run` would do, in plain values; nothing is written and Ray is not started.
+
+    Raises:
+        RequestError: as :func:`run`.
+        DataError: if a label or a split's first sample is wrong.
+    """
+    config = config.located()
+    return planning.describe_run(config, inspect_request(config))
+
+
+def _refuse_leak(config: Config, until: Until | None) -> None:
+    if config.scores.labels == "true" and until in (None, "linear", "report"):
+        raise ConfigError(
+            "scores.labels true: the features of a test row would be made with its label, so a linear model's test "
+            "accuracy would mean nothing. Set scores.labels: all, or stop at write-features."
+        )
+
+
+def _journal_facts(config: Config, facts: Facts) -> dict[str, Any]:
+    return {
+        "identity": config.identity(),
+        "fingerprints": facts.fingerprints,
+        "config": config.model_dump(mode="json"),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("fisher_ray", "torch", "ray", "zarr", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+class _Run:
+    """One run's stages."""
+
+    def __init__(
+        self, config: Config, facts: Facts, journal: Journal, session: Session, pool: Pool, progress: Progress
+    ) -> None:
+        self._config, self._facts, self._journal = config, facts, journal
+        self._session, self._pool, self._progress = session, pool, progress
+        self._storage = Storage(config.output)
+
+    def run(self, until: Until) -> dict[str, Any]:
+        """Run up to ``until``."""
+        for name in ("base", "metric", "features", "linear", "report"):
+            getattr(self, name)()
+            if name == until:
+                break
+        return self._results if until == "report" else self._journal.results()
+
+    def base(self) -> None:
+        """Train the base network, or take the checkpoint."""
+        self._stage("base", None, lambda: self._solo("base", training.train_base))
+
+    def metric(self) -> None:
+        """Choose the compression, then decompose the Fisher matrix in its coordinates."""
+        units = planning.metric_units(self._config, self._facts)
+        kronecker = self._config.compression.kind == "kronecker"
+
+        def choose_basis() -> dict[str, Any]:
+            sums = [self._reduce("basis", tasks.sum_kronecker, units)] if kronecker else []
+            return self._solo("basis", tasks.choose_basis, *sums)
+
+        def fit_metric() -> dict[str, Any]:
+            sums = self._reduce("metric", tasks.sum_fisher, units)
+            return self._solo("metric", tasks.fit_metric, sums, fingerprints=self._fingerprints())
+
+        self._stage("basis", len(units) if kronecker else None, choose_basis)
+        self._stage("metric", len(units), fit_metric)
+
+    def features(self) -> None:
+        """Write the features of the shallow split and of the test split."""
+        for name, split in FEATURE_STORES.items():
+            units = planning.split_units(self._config, self._facts, split)
+            self._stage(f"features/{name}", len(units), partial(self._write_features, name, split, units))
+
+    def _write_features(self, name: str, split: str, units: list[Unit]) -> dict[str, Any]:
+        url, metric = self._url(f"features/{name}.zarr"), self._journal.result("metric")
+        fingerprints = {**self._fingerprints(), "metric": metric["fingerprint"]}
+        attributes = {"split": split, "labels": self._config.scores.labels, "views": self._config.linear.views}
+        create_store(
+            url,
+            feature_spec(
+                self._config,
+                self._facts,
+                split,
+                metric["rank"],
+                metric["feature_rms"],
+                {**attributes, "fingerprints": fingerprints},
+            ),
+        )
+        finished, stage = finished_units(url), f"features/{name}"
+        if finished:
+            self._progress.note(f"{stage}: {len(finished)} of {len(units)} units are there already")
+        todo = [unit for unit in units if unit.index not in finished]
+        self._pool.map(tasks.write_features, todo, partial(self._received, stage), split=split, name=name)
+        seal(url, len(units))
+        return {"num_rows": self._facts.num_rows[split], "num_units": len(units)}
+
+    def linear(self) -> None:
+        """Fit the linear model on the features, and the linear probe on the last hidden layer."""
+        columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
+        units = planning.linear_units(self._config, self._facts, columns)
+        fit = self._fit_logistic if self._config.linear.model == "logistic" else self._fit_ridge
+        self._stage("linear", 2 * len(units), partial(fit, units))
+        if self._facts.hidden is not None:
+            self._stage("linear_probe", None, lambda: self._solo("linear_probe", shallow.fit_probe))
+
+    def _fit_ridge(self, units: list[Unit]) -> dict[str, Any]:
+        fit = self._reduce("linear", tasks.sum_gram, units, part="fit")
+        chosen = self._solo("linear", shallow.choose_penalty, fit)
+        validation = self._reduce("linear", tasks.sum_gram, units, part="validation")
+        kept = {name: chosen[name] for name in ("penalty", "temperature")}
+        fitted = self._solo("linear", shallow.fit_ridge, fit, validation, **kept)
+        self._export_classifier()
+        return {**chosen, **fitted}
+
+    def _fit_logistic(self, units: list[Unit]) -> dict[str, Any]:
+        from fisher_ray.runtime.train import fit_logistic  # Ray Train takes seconds to import
+
+        fit = self._reduce("linear", tasks.sum_gram, units, part="fit")
+        validation = self._reduce("linear", tasks.sum_gram, units, part="validation")
+        self._solo("linear", shallow.save_sums, fit, validation)
+        workers = self._pool.target
+        self._pool.close()  # their places are Ray Train's meanwhile
+        fitted = fit_logistic(self._session, self._config, self._facts, workers, self._progress.note)
+        shallow.remove_sums(self._storage)
+        self._export_classifier()
+        return fitted
+
+    def _export_classifier(self) -> None:
+        if self._config.scores.labels == "all":
+            raw = FisherClassifier.from_run(self._config.output).to_bytes()
+            self._storage.write_bytes("linear/classifier.safetensors", raw)
+
+    def report(self) -> None:
+        """Compare, and write the report."""
+        if self._config.trained_on is not None:
+            self._stage("trained_on", None, self._train_on)
+        self._stage("report", None, self._write_report)
+
+    def _train_on(self) -> dict[str, Any]:
+        asked = self._config.trained_on.seconds if self._config.trained_on is not None else "auto"
+        shallow_s = sum(self._journal.seconds(name) for name in ("basis", "metric", *self._feature_stages(), "linear"))
+        return self._solo("trained_on", training.train_on, seconds=shallow_s if asked == "auto" else asked)
+
+    def _write_report(self) -> dict[str, Any]:
+        counts = self._solo("report", shallow.evaluate)
+        stages = {**self._journal.results(), "report": {"result": counts}}
+        skipped = {
+            split: open_features(self._url(f"features/{name}.zarr")).skipped for name, split in FEATURE_STORES.items()
+        }
+        results, details = report.summarise(self._config, stages, _versions(), skipped)
+        details["config"] = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+        report.write_report(self._storage, results, details)
+        return {"results": results}
+
+    @property
+    def _results(self) -> dict[str, Any]:
+        return dict(self._journal.result("report")["results"])
+
+    # -- what every stage does
+
+    def _stage(self, name: str, total: int | None, work: Callable[[], dict[str, Any] | None]) -> None:
+        if self._journal.sealed(name):
+            self._progress.note(f"{name}: done before")
+            return
+        self._pool.wait_until_ready()  # so that no stage is charged with Ray's start
+        self._progress.stage_started(name, total)
+        with self._journal.stage(name) as result:
+            result.update(work() or {})
+        self._progress.stage_done(name, self._journal.seconds(name))
+
+    def _reduce(self, stage: str, task: Callable[..., Any], units: list[Unit], **options: Any) -> Any:
+        return self._pool.reduce(task, units, partial(self._received, stage), **options)
+
+    def _solo(self, stage: str, task: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, Any]:
+        threads = self._journal.decide("threads", self._pool.num_cpus())
+
+        def on_item(item: dict[str, Any]) -> None:
+            self._progress.advanced(stage, item["done"], item["total"], item["text"])
+
+        return dict(self._pool.solo(task, *inputs, threads=threads, on_item=on_item, **options) or {})
+
+    def _received(self, stage: str, receipt: Receipt) -> None:
+        self._progress.unit_done(stage, receipt)
+        unit, seconds = receipt.unit, {name: round(value, 4) for name, value in receipt.seconds.items()}
+        self._journal.event(
+            "unit done",
+            stage=stage,
+            unit=unit.index,
+            rows=[unit.start, unit.stop],
+            attempt=receipt.attempt,
+            seconds=seconds,
+            num_bytes=receipt.num_bytes,
+            worker=receipt.device,
+            num_skipped=len(receipt.skipped),
+        )
+
+    def _fingerprints(self) -> dict[str, Any]:
+        return {"model": self._journal.result("base")["fingerprint"], "data": self._facts.fingerprints}
+
+    def _feature_stages(self) -> list[str]:
+        return [f"features/{name}" for name in FEATURE_STORES]
+
+    def _url(self, name: str) -> str:
+        return f"{self._config.output.rstrip('/')}/{name}"

@@ -1,0 +1,98 @@
+"""From what the stages left behind to the results and the page's details."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from fisher_ray.config import Config
+from fisher_ray.report.comparison import LABELS
+
+Stages = Mapping[str, Mapping[str, Any]]
+_SHARED = {"metric": ("basis", "metric"), "features": ("features/train", "features/test")}
+"""Keys of ``results["seconds"]`` that several stages make up."""
+
+
+def summarise(
+    config: Config, stages: Stages, versions: Mapping[str, str], skipped: Mapping[str, Mapping[int, str]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of ``results.json``, and the details for the page.
+
+    Args:
+        config: the run's.
+        stages: by name, ``seconds`` and ``result``; ``report`` has the evaluation's counts, and ``trained_on`` may be
+            missing.
+        versions: of Python and the packages.
+        skipped: by split, the rows left out with their reasons.
+    """
+    counts, metric, linear = (stages[name]["result"] for name in ("report", "metric", "linear"))
+    accuracy: dict[str, float | None] = dict.fromkeys(
+        ("base", "linear_probe", "trained_on", "fisher_linear", "gradnet")
+    )
+    accuracy |= {name: correct / counts["total"] for name, correct in counts["correct"].items()}
+    trained_on = stages.get("trained_on", {}).get("result", {})
+    if trained_on.get("correct") is not None:
+        accuracy["trained_on"] = trained_on["correct"] / trained_on["total"]
+    seconds = {name: _seconds(stages, name) for name in ("base", "metric", "features", "linear", "trained_on")}
+    written = sum(stages[name]["result"]["num_rows"] for name in _SHARED["features"])
+    results = {
+        "schema": 1,
+        "num_test": counts["total"],
+        "num_features": metric["rank"] * (counts["num_classes"] if config.scores.labels == "all" else 1),
+        "views": config.linear.views,
+        "accuracy": accuracy,
+        "seconds": seconds,
+        "samples_per_second": {
+            "metric": metric["num_samples"] / max(seconds["metric"], 1e-9),
+            "features": written / max(seconds["features"], 1e-9),
+        },
+    }
+    details = {
+        "verdict": verdict(results, trained_on),
+        "eigvals": metric["eigvals"],
+        "damping": metric["damping"],
+        "path": linear["path"],
+        "layers": stages["basis"]["result"]["layers"],
+        "skipped": [
+            {"split": split, "row": row, "reason": reason}
+            for split, rows in skipped.items()
+            for row, reason in sorted(rows.items())
+        ],
+        "environment": {**versions, "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}"},
+    }
+    return results, details
+
+
+def _seconds(stages: Stages, name: str) -> float:
+    return float(sum(stages.get(part, {}).get("seconds", 0.0) for part in _SHARED.get(name, (name,))))
+
+
+def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any]) -> str:
+    """Say in a sentence how the linear model on Fisher features compares.
+
+    Args:
+        results: the content of ``results.json``.
+        trained_on: what training on ended with: ``epochs``, and ``correct`` None if it diverged.
+    """
+    accuracy = results["accuracy"]
+    own = accuracy["fisher_linear"]
+    others = [
+        f"{100 * abs(own - accuracy[key]):.1f} points {'above' if own >= accuracy[key] else 'below'} the {_name(key)}"
+        for key in ("base", "linear_probe", "trained_on")
+        if accuracy.get(key) is not None
+    ]
+    text = f"The linear model on Fisher features gets {100 * own:.1f} % of {results['num_test']:,} test samples right"
+    text += f": {_listed(others)}" if others else ""
+    if accuracy.get("trained_on") is not None:
+        return f"{text} ({trained_on['epochs']:.1f} passes over the same data)."
+    return f"{text}. Training the base network on diverged." if trained_on else f"{text}."
+
+
+def _name(key: str) -> str:
+    return {"trained_on": "base network trained on for the same time"}.get(key, LABELS[key].partition(" on its")[0])
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,77 @@
+"""The connection to Ray: a cluster by its address, or one inside this process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from fisher_ray.errors import ConfigError, WorkersLostError
+
+MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+"""Keeps glibc from giving memory back: on many machines a fresh page costs as much as the arithmetic in it."""
+
+
+class Session:
+    """Connects when first asked to, and ends only what it has started.
+
+    Args:
+        address: of a cluster (``host:port`` or ``auto``); by default ``RAY_ADDRESS``, else Ray is started here.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        """See the class.
+
+        Raises:
+            ConfigError: if the address is of a kind that cannot be used.
+        """
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._own = False
+        if (self._address or "").startswith(("ray://", "http://", "https://")):
+            raise ConfigError(
+                f"--address {self._address!r} is not a cluster's own address (host:port or auto). From outside the "
+                "cluster submit a job: ray job submit --working-dir . -- python jobs/run.py --config CONFIG"
+            )
+
+    @property
+    def embedded(self) -> bool:
+        """Whether Ray runs, or would run, inside this process alone."""
+        return self._address in (None, "local")
+
+    def connect(self) -> None:
+        """Connect, unless this process is connected already.
+
+        Raises:
+            WorkersLostError: if no cluster answers at the address.
+        """
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self.embedded:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            try:
+                ray.init(address=self._address, **quiet)
+            except (ConnectionError, ray.exceptions.RaySystemError, TimeoutError) as error:
+                raise WorkersLostError(
+                    f"no Ray cluster answers at {self._address!r}: {error}. Start it, correct --address or "
+                    "RAY_ADDRESS, or leave both out to run in this process."
+                ) from error
+        self._own = True
+
+    def close(self) -> None:
+        """Disconnect, or end the embedded Ray."""
+        if self._own:
+            ray.shutdown()
+            self._own = False
+
+    def worker_environment(self) -> dict[str, str]:
+        """Return the environment variables that every worker process needs from its start."""
+        found = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC)}
+        if self.embedded:  # in a job, Ray puts the job's working directory there by itself
+            parts = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+            found["PYTHONPATH"] = os.pathsep.join(parts)
+        return found

@@ -1,0 +1,88 @@
+"""What the passes cut their rows into, from the configuration and the facts alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisher_ray.config import Config
+from fisher_ray.data import choose_units, plan_units
+from fisher_ray.records import Unit
+from fisher_ray.stages.workbench import Facts
+
+MIN_LEAF_ROWS = 4096
+"""Rows of one Gram sum at least: fewer are not worth moving a matrix for."""
+
+
+def split_units(config: Config, facts: Facts, split: str) -> list[Unit]:
+    """Return the units of a split."""
+    return plan_units(facts.num_rows[split], config.runtime.unit_rows)
+
+
+def metric_units(config: Config, facts: Facts) -> list[Unit]:
+    """Return the units that the metric is fitted on."""
+    return choose_units(split_units(config, facts, "shallow"), config.metric.fraction)
+
+
+def linear_units(config: Config, facts: Facts, num_columns: int) -> list[Unit]:
+    """Return the units of the linear pass: so many rows that summing them outweighs moving the Gram matrix.
+
+    Adding up a Gram matrix of ``F`` columns costs what ``F / 2`` rows of products cost in memory traffic.
+    """
+    chunk = config.store.chunk_rows
+    rows = max(MIN_LEAF_ROWS, num_columns // 2)
+    return plan_units(facts.num_rows["shallow"], -(-rows // chunk) * chunk)
+
+
+def num_features(config: Config, facts: Facts, rank: int) -> int:
+    """Return the features of one sample: ``C · R``, or ``R`` for one label a sample."""
+    return rank * (facts.num_classes if config.scores.labels == "all" else 1)
+
+
+def num_columns(config: Config, facts: Facts, rank: int) -> int:
+    """Return ``F``, the linear model's columns: the features and, if asked for, the last hidden layer."""
+    return num_features(config, facts, rank) + ((facts.hidden or 0) if config.linear.hidden else 0)
+
+
+def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
+    """Return what a run would do: units, memory, bytes and objects, in plain values.
+
+    Memory is a worker's largest arrays together, besides Python and torch themselves.
+    """
+    rank = min(config.metric.rank, _dim(config, facts))
+    columns, features = num_columns(config, facts, rank), num_features(config, facts, rank)
+    units = {
+        "metric": len(metric_units(config, facts)),
+        "features/train": len(split_units(config, facts, "shallow")),
+        "features/test": len(split_units(config, facts, "test")),
+        "linear": len(linear_units(config, facts, columns)),
+    }
+    num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
+    arrays = 4 if facts.hidden is None else 5
+    chunks = sum(-(-facts.num_rows[split] // config.store.chunk_rows) for split in ("shallow", "test"))
+    return {
+        "output": config.output,
+        "samples": dict(facts.num_rows),
+        "parameters": facts.num_parameters,
+        "compressed_coordinates": _dim(config, facts),
+        "features_per_sample": features,
+        "linear_columns": columns,
+        "units": units,
+        "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
+        "feature_bytes": num_rows * features * (2 if config.store.dtype == "float16" else 4),
+        "feature_objects": arrays * chunks + units["features/train"] + units["features/test"],
+    }
+
+
+def _dim(config: Config, facts: Facts) -> int:
+    return facts.num_parameters if config.compression.kind == "identity" else config.compression.dim
+
+
+def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> dict[str, int]:
+    dim, hidden = _dim(config, facts), facts.hidden or 0
+    factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
+    scores = facts.num_classes if config.scores.labels == "all" else 1
+    return {
+        "metric": 8 * (2 * factors + 4 * dim**2) + 4 * config.runtime.micro_batch * scores * dim,
+        "features": 8 * config.runtime.unit_rows * (features + hidden),
+        "linear": 8 * 4 * columns**2,
+    }

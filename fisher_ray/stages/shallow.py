@@ -1,0 +1,248 @@
+"""The shallow model: sums over the feature store, the penalty chosen on validation rows, fit, probe and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisher_ray.errors import DataError
+from fisher_ray.gradients import keyed_uniform
+from fisher_ray.linear import (
+    GramSum,
+    LinearWeights,
+    accuracy,
+    fit_temperature,
+    loss_and_gradient,
+    minimise,
+    preconditioner,
+    ridge_path,
+)
+from fisher_ray.records import Unit
+from fisher_ray.stages.planning import num_columns
+from fisher_ray.stages.workbench import Workbench
+from fisher_ray.storage import Storage
+from fisher_ray.store import FeatureStore, load_arrays, open_features, save_arrays
+
+BLOCK_ROWS = 2048
+"""Rows summed at a time."""
+_VALIDATION_KEY = 0x5EED
+
+
+def train_store(bench: Workbench) -> FeatureStore:
+    """Open the sealed features of the shallow split."""
+    return open_features(bench.url("features/train.zarr"))
+
+
+def linear_rows(
+    bench: Workbench, store: FeatureStore, part: str, rows: range | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield blocks of a run's rows; see :func:`store_rows`."""
+    config = bench.config
+    return store_rows(
+        store, part, rows, seed=config.seed, validation=config.linear.validation, use_hidden=config.linear.hidden
+    )
+
+
+def store_rows(
+    store: FeatureStore, part: str, rows: range | None = None, *, seed: int, validation: float, use_hidden: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Yield blocks of rows: ``x`` ``(B, F)``, ``hidden`` (where stored), ``logits``, ``labels``, ``index``.
+
+    Args:
+        store: to read from.
+        part: ``fit``, ``validation`` (cut from the rows by a hash of seed and sample index) or ``all``.
+        rows: of the store; None for all.
+        seed: the run's.
+        validation: share of the rows held out.
+        use_hidden: whether the last hidden layer, where stored, is part of ``x``, after the features.
+    """
+    names = ["features", "labels", "index", "logits", *(["hidden"] if "hidden" in store.arrays else [])]
+    waiting: list[dict[str, np.ndarray]] = []
+    for chunk in store.iter_chunks(names, rows):
+        held = keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(chunk["index"])).numpy()
+        keep = {"all": held >= 0, "fit": held >= validation, "validation": held < validation}[part]
+        waiting.append(chunk if keep.all() else {name: value[keep] for name, value in chunk.items()})
+        if sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
+            yield _joined(waiting, use_hidden)
+            waiting = []
+    if any(len(item["labels"]) for item in waiting):
+        yield _joined(waiting, use_hidden)
+
+
+def _joined(parts: list[dict[str, np.ndarray]], use_hidden: bool) -> dict[str, Tensor]:
+    block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    x = block["features"].reshape(len(block["features"]), -1)
+    if use_hidden and "hidden" in block:
+        x = np.concatenate([x, block["hidden"]], axis=1)
+    tensors = {name: torch.from_numpy(value) for name, value in block.items() if name != "features"}
+    return {**tensors, "x": torch.from_numpy(x)}
+
+
+def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
+    """Sum one leaf's rows of the training store, as :meth:`GramSum.to_arrays` has them."""
+    columns = num_columns(bench.config, bench.facts, bench.metric.rank)
+    sums = GramSum.zeros(columns, bench.facts.num_classes)
+    for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
+        sums.add(block["x"], block["labels"])
+    return sums.to_arrays()
+
+
+def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Fit the path on the fitting rows, and score it on the validation rows.
+
+    Returns:
+        ``path``: by penalty, its accuracy; ``penalty``: the best (of equals, the largest); ``validation``: its
+        accuracy; ``temperature``: that of its scores.
+    """
+    penalties = bench.config.linear.penalties
+    models = ridge_path(GramSum.from_arrays(fit), penalties)
+    scores, labels = score_rows(linear_rows(bench, train_store(bench), "validation"), "x", models)
+    path = [
+        {"penalty": penalty, "accuracy": accuracy(values, labels)}
+        for penalty, values in zip(penalties, scores, strict=True)
+    ]
+    best = max(range(len(path)), key=lambda place: (path[place]["accuracy"], penalties[place]))
+    chosen = {"penalty": penalties[best], "validation": path[best]["accuracy"]}
+    return {"path": path, **chosen, "temperature": fit_temperature(scores[best], labels)}
+
+
+def fit_ridge(
+    bench: Workbench,
+    fit: dict[str, np.ndarray],
+    validation: dict[str, np.ndarray],
+    *,
+    penalty: float,
+    temperature: float,
+) -> dict[str, Any]:
+    """Fit on all rows with the chosen penalty, and write ``linear/weights.zarr``."""
+    sums = merge_sums(fit, validation)
+    model = ridge_path(sums, [penalty])[0]
+    save_weights(bench, "weights", replace(model, temperature=temperature))
+    return {"num_rows": sums.num_rows, "num_columns": sums.num_columns}
+
+
+def merge_sums(fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> GramSum:
+    """Add the validation rows' sums to the fitting rows'."""
+    sums = GramSum.from_arrays({name: value.copy() for name, value in fit.items()})
+    sums.merge(GramSum.from_arrays(validation))
+    return sums
+
+
+def save_sums(bench: Workbench, fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> None:
+    """Write ``linear/sums-fit.zarr`` and ``linear/sums-all.zarr``, which the logistic fit starts from."""
+    save_arrays(bench.url("linear/sums-fit.zarr"), fit, {"kind": "sums"})
+    save_arrays(bench.url("linear/sums-all.zarr"), merge_sums(fit, validation).to_arrays(), {"kind": "sums"})
+
+
+def remove_sums(storage: Storage) -> None:
+    """Remove what :func:`save_sums` wrote."""
+    for part in ("fit", "all"):
+        storage.remove(f"linear/sums-{part}.zarr")
+
+
+def fit_probe(bench: Workbench) -> dict[str, Any]:
+    """Fit linear models on the last hidden layer alone, and write the best as ``linear/probe.zarr``.
+
+    Ridge and logistic regression over the same penalties; the better on the validation rows is fitted again on all
+    rows. The logits' mean over views is the linear layer's on the mean hidden layer, so the views are the same.
+    """
+    store, penalties = train_store(bench), bench.config.linear.penalties
+    fit = _hidden_sums(bench, store, "fit")
+    candidates: list[tuple[str, float, LinearWeights]] = [
+        ("ridge", penalty, model) for penalty, model in zip(penalties, ridge_path(fit, penalties), strict=True)
+    ]
+    candidates += [("logistic", penalty, _fit_logistic(bench, store, fit, penalty, "fit")) for penalty in penalties]
+    scores, labels = score_rows(linear_rows(bench, store, "validation"), "hidden", [item[2] for item in candidates])
+    accuracies = [accuracy(values, labels) for values in scores]
+    best = max(range(len(candidates)), key=lambda position: (accuracies[position], candidates[position][1]))
+    kind, penalty, _ = candidates[best]
+    everything = _hidden_sums(bench, store, "all")
+    if kind == "ridge":
+        weights = ridge_path(everything, [penalty])[0]
+    else:
+        weights = _fit_logistic(bench, store, everything, penalty, "all")
+    save_weights(bench, "probe", weights)
+    return {"kind": kind, "penalty": penalty, "validation": accuracies[best]}
+
+
+def _hidden_sums(bench: Workbench, store: FeatureStore, part: str) -> GramSum:
+    sums = GramSum.zeros(int(bench.facts.hidden or 0), bench.facts.num_classes)
+    for block in linear_rows(bench, store, part):
+        sums.add(block["hidden"], block["labels"])
+    return sums
+
+
+def _fit_logistic(bench: Workbench, store: FeatureStore, sums: GramSum, penalty: float, part: str) -> LinearWeights:
+    coordinates = preconditioner(sums, penalty)
+
+    def evaluate(params: Tensor) -> tuple[float, Tensor]:
+        weight, bias = coordinates.raw(params)
+        loss, by_weight, by_bias = 0.0, torch.zeros_like(weight), torch.zeros_like(bias)
+        for block in linear_rows(bench, store, part):
+            more, d_weight, d_bias = loss_and_gradient(block["hidden"], block["labels"], weight, bias)
+            loss, by_weight, by_bias = loss + more, by_weight + d_weight, by_bias + d_bias
+        return coordinates.objective(params, loss, by_weight, by_bias)
+
+    found = minimise(evaluate, coordinates.start(), bench.config.linear.max_steps, 1e-3)
+    return coordinates.model(found.params)
+
+
+def score_rows(
+    blocks: Iterable[dict[str, Tensor]], columns: str, models: Sequence[LinearWeights]
+) -> tuple[list[Tensor], Tensor]:
+    """Return each model's scores ``(N, C)`` on the ``columns`` of all blocks, and the labels ``(N,)``.
+
+    Raises:
+        DataError: if there are no rows.
+    """
+    scores: list[list[Tensor]] = [[] for _ in models]
+    labels = []
+    for block in blocks:
+        labels.append(block["labels"])
+        for found, model in zip(scores, models, strict=True):
+            found.append(model.scores(block[columns]))
+    if not labels:
+        raise DataError("no rows were left to score a model on: give more rows, or raise linear.validation")
+    return [torch.cat(found) for found in scores], torch.cat(labels)
+
+
+def evaluate(bench: Workbench) -> dict[str, Any]:
+    """Score base network, probe and linear model on the stored test rows, and write ``linear/predictions.zarr``.
+
+    Returns:
+        ``total`` rows, ``num_classes``, and by model the ``correct`` ones.
+    """
+    models = {"fisher_linear": ("x", load_weights(bench.url("linear/weights.zarr")))}
+    if bench.facts.hidden is not None:
+        models["linear_probe"] = ("hidden", load_weights(bench.url("linear/probe.zarr")))
+    found: dict[str, list[Tensor]] = {name: [] for name in ("labels", "index", "base", *models)}
+    for block in linear_rows(bench, open_features(bench.url("features/test.zarr")), "all"):
+        for name in ("labels", "index"):
+            found[name].append(block[name])
+        found["base"].append(block["logits"])
+        for name, (columns, model) in models.items():
+            found[name].append(model.scores(block[columns]))
+    joined = {name: torch.cat(parts) for name, parts in found.items()}
+    attributes = {"kind": "predictions", "scores": ["base", *models]}
+    save_arrays(bench.url("linear/predictions.zarr"), {k: v.numpy() for k, v in joined.items()}, attributes)
+    correct = {name: int((joined[name].argmax(1) == joined["labels"]).sum()) for name in ("base", *models)}
+    return {"total": len(joined["labels"]), "num_classes": bench.facts.num_classes, "correct": correct}
+
+
+def save_weights(bench: Workbench, name: str, weights: LinearWeights) -> None:
+    """Write ``linear/<name>.zarr``."""
+    arrays = {"weight": weights.weight.numpy(), "bias": weights.bias.numpy()}
+    attributes = {"kind": "linear", "penalty": weights.penalty, "temperature": weights.temperature}
+    save_arrays(bench.url(f"linear/{name}.zarr"), arrays, attributes)
+
+
+def load_weights(url: str) -> LinearWeights:
+    """Read what :func:`save_weights` wrote."""
+    arrays, attributes = load_arrays(url)
+    weight, bias = torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"])
+    return LinearWeights(weight, bias, float(attributes["penalty"]), float(attributes["temperature"]))
