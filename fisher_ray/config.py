@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fisher_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `true` is not 1
 PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+def _word(value: Any) -> Any:
+    return "true" if value is True else value  # which is what YAML makes of the bare word
 
 
 class _Section(BaseModel):
@@ -95,7 +99,7 @@ class TrainedOnConfig(_Section):
 class ScoresConfig(_Section):
     """Which labels' scores, of which parameters (glob)."""
 
-    labels: Literal["all", "true", "sampled", "uniform"] = "all"
+    labels: Annotated[Literal["all", "true", "sampled", "uniform"], BeforeValidator(_word)] = "all"
     parameters: str = "*"
 
 

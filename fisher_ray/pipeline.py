@@ -263,7 +263,7 @@ class _Run:
             attempt=receipt.attempt,
             seconds=seconds,
             num_bytes=receipt.num_bytes,
-            worker=receipt.device,
+            worker=receipt.worker,
             num_skipped=len(receipt.skipped),
         )
 

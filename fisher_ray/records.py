@@ -70,6 +70,7 @@ class Receipt:
         seconds: wall time, by part (read, compute, write).
         num_bytes: bytes written.
         device: the worker's device name.
+        worker: host, process and device, as the pool puts it in.
         skipped: rows left out under ``data.on_error: skip``, with reasons.
     """
 
@@ -78,6 +79,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     num_bytes: int = 0
     device: str = "cpu"
+    worker: str = ""
     skipped: dict[int, str] = field(default_factory=dict)
 
 

@@ -6,12 +6,25 @@ import importlib.util
 import os
 import shutil
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
 # Examples are timed by the machine's load as much as by the code.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One embedded Ray of two cores for all tests: starting it costs seconds."""
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 def _lack_gpu() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.resources import as_file, files
@@ -31,6 +32,9 @@ Address = Annotated[str | None, typer.Option("--address", help="Ray cluster; by 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew in the same folder instead of resuming.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+_JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""In the path of the copies that Ray makes of a submitted job's working directory."""
 
 _STAGES: dict[str, tuple[Until, str]] = {
     "run": (None, "Run every stage, and print the comparison."),
@@ -178,6 +182,12 @@ def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: 
 
     console = Console(stderr=True)
     configure_logging(console, debug)
+    if _JOB_FOLDER in os.getcwd() and not config.output.startswith("/") and "://" not in config.output:
+        console.print(
+            f"note: output {config.output!r} is relative, and a job's working directory is a copy that Ray removes "
+            "some time after the job. To keep the run folder, give --output an absolute path or an s3:// URL.",
+            soft_wrap=True,
+        )
     with nullcontext() if quiet else show_progress(console) as progress:
         results = pipeline.run(config, address=address, fresh=fresh, until=until, progress=progress)
     if until in (None, "report"):

@@ -324,7 +324,7 @@ def _items(stream: Iterator[Ref]) -> Iterator[Any]:
 
 def _raise_cause(error: ray.exceptions.RayTaskError) -> NoReturn:
     """Raise what the worker raised, without Ray's wrapping; its traceback stays as the cause."""
-    if isinstance(error.cause, FisherRayError):
+    if isinstance(error.cause, Exception) and not isinstance(error.cause, ray.exceptions.RayError):
         raise error.cause from error
     raise error
 

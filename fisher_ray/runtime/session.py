@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -49,6 +53,11 @@ class Session:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        with _own_sigterm():
+            self._init()
+        self._own = True
+
+    def _init(self) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
         if self.embedded:
             ray.init(address="local", include_dashboard=False, **quiet)
@@ -60,7 +69,6 @@ class Session:
                     f"no Ray cluster answers at {self._address!r}: {error}. Start it, correct --address or "
                     "RAY_ADDRESS, or leave both out to run in this process."
                 ) from error
-        self._own = True
 
     def close(self) -> None:
         """Disconnect, or end the embedded Ray."""
@@ -75,3 +83,12 @@ class Session:
             parts = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
             found["PYTHONPATH"] = os.pathsep.join(parts)
         return found
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put the process's handler of SIGTERM back: Ray's ends the process by an abort, with its workers left behind."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)

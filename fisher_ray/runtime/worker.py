@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fisher_ray.config import Config
@@ -64,7 +64,8 @@ class Worker:
         self, task: Callable[..., tuple[Receipt, Arrays | None]], unit: Unit, attempt: int, options: dict[str, Any]
     ) -> tuple[Receipt, Arrays | None]:
         """Run a unit's task: its receipt for the driver, and arrays that stay in the object store."""
-        return task(self._bench, unit, attempt, **options)
+        receipt, arrays = task(self._bench, unit, attempt, **options)
+        return replace(receipt, worker=str(self.ready())), arrays
 
     def merge(self, left: Arrays, right: Arrays) -> tuple[None, Arrays]:
         """Add two results."""
@@ -85,7 +86,7 @@ class Worker:
         torch.set_num_threads(threads)
         try:
             result = task(self._bench, *ray.get(inputs), **options)
-            for item in result if isinstance(result, Iterator) else [result]:
-                yield item  # noqa: UP028 - Ray sends values, which not every iterator takes
+            for item in result if isinstance(result, Iterator) else [result]:  # noqa: UP028 - Ray sends values in
+                yield item
         finally:
             torch.set_num_threads(self._threads)

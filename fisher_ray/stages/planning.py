@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
+
+import torch
 
 from fisher_ray.config import Config
 from fisher_ray.data import choose_units, plan_units
-from fisher_ray.records import Unit
+from fisher_ray.gradients import ScoreEngine
+from fisher_ray.records import Batch, Unit
+from fisher_ray.stages.networks import build_network
+from fisher_ray.stages.passes import batch_scores
 from fisher_ray.stages.workbench import Facts
 
 MIN_LEAF_ROWS = 4096
 """Rows of one Gram sum at least: fewer are not worth moving a matrix for."""
+MEASUREMENTS = 3
+"""Micro-batches that a plan's estimate of seconds is measured on."""
 
 
 def split_units(config: Config, facts: Facts, split: str) -> list[Unit]:
@@ -46,7 +55,9 @@ def num_columns(config: Config, facts: Facts, rank: int) -> int:
 def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     """Return what a run would do: units, memory, bytes and objects, in plain values.
 
-    Memory is a worker's largest arrays together, besides Python and torch themselves.
+    Memory is a worker's largest arrays together, besides Python and torch themselves. Seconds are of the scores alone,
+    measured here for a moment, and shared out over the workers that this machine has room for, if not
+    ``runtime.num_workers`` says how many there are.
     """
     rank = min(config.metric.rank, _dim(config, facts))
     columns, features = num_columns(config, facts, rank), num_features(config, facts, rank)
@@ -70,6 +81,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
         "feature_bytes": num_rows * features * (2 if config.store.dtype == "float16" else 4),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"],
+        "seconds_of_scores": _seconds(config, facts),
     }
 
 
@@ -86,3 +98,34 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
         "features": 8 * config.runtime.unit_rows * (features + hidden),
         "linear": 8 * 4 * columns**2,
     }
+
+
+def _seconds(config: Config, facts: Facts) -> dict[str, float]:
+    cpus, workers = config.runtime.cpus_per_worker, config.runtime.num_workers
+    if workers == "auto":
+        workers = max(1, len(os.sched_getaffinity(0)) // cpus)
+    each_s = _seconds_a_sample(config, facts, cpus) / workers
+    num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
+    metric_rows = sum(len(unit) for unit in metric_units(config, facts))
+    passes = 2 if config.compression.kind == "kronecker" else 1
+    return {
+        "metric": round(passes * metric_rows * each_s, 1),
+        "features": round(config.linear.views * num_rows * each_s, 1),
+        "workers": workers,
+    }
+
+
+def _seconds_a_sample(config: Config, facts: Facts, threads: int) -> float:
+    engine = ScoreEngine(build_network(config.model, config.seed), config.scores.parameters)
+    size, before = config.runtime.micro_batch, torch.get_num_threads()
+    batch = Batch(torch.randn(size, *facts.input_shape), torch.zeros(size, dtype=torch.int64), torch.arange(size))
+    torch.set_num_threads(threads)
+    try:
+        seconds = []
+        for _ in range(MEASUREMENTS):
+            start = time.perf_counter()
+            batch_scores(engine, batch, config.scores.labels, config.seed)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return min(seconds) / size

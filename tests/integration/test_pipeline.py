@@ -1,0 +1,200 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import fisher_ray
+from fisher_ray import pipeline
+from fisher_ray.errors import ConfigError, DataError, ModelError, ResumeMismatchError
+from tests.integration.runs import Listening, bits, digits, worker_pid
+
+STAGES = ["base", "basis", "metric", "features/train", "features/test", "linear", "linear_probe", "trained_on"]
+
+
+def test_the_shallow_model_beats_the_briefly_trained_network(undisturbed):
+    output, results = undisturbed
+
+    accuracy = results["accuracy"]
+    assert accuracy["fisher_linear"] >= accuracy["base"] + 0.03
+    assert accuracy["fisher_linear"] > accuracy["linear_probe"]
+    assert (results["schema"], results["num_test"], results["num_features"]) == (1, 597, 640)
+    assert set(results["seconds"]) == {"base", "metric", "features", "linear", "trained_on"}
+    assert all(rate > 0 for rate in results["samples_per_second"].values())
+    assert json.loads((output / "report" / "results.json").read_text()) == results
+    page = (output / "report" / "report.html").read_text()
+    assert "The linear model on Fisher features gets" in page
+    assert page.count("<svg") == 4
+
+
+def test_every_stage_leaves_what_the_design_says(undisturbed):
+    output, _ = undisturbed
+
+    names = {path.name for path in output.iterdir()}
+    assert {"run.json", "events.jsonl", "base", "metric.zarr", "features", "linear", "report"} <= names
+    run = json.loads((output / "run.json").read_text())
+    assert list(run["stages"]) == [*STAGES, "report"]
+    assert all(record["sealed"] for record in run["stages"].values())
+    assert run["config"]["compression"]["dim"] == 128
+    assert set(run["fingerprints"]) == {"train", "shallow", "test"}
+    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    units = [event for event in events if event["event"] == "unit done" and event["stage"] == "features/train"]
+    assert sorted(event["unit"] for event in units) == [0, 1, 2, 3, 4]
+
+
+def test_a_finished_run_does_nothing_again(undisturbed):
+    output, results = undisturbed
+    before = bits(output)
+    heard = Listening()
+
+    assert pipeline.run(digits(output, "runtime.num_workers=1"), progress=heard) == results
+    assert heard.stages == []
+    assert bits(output) == before
+
+
+@pytest.mark.parametrize("stage", ["basis", "metric", "features/train"])
+def test_a_worker_killed_in_a_pass_changes_no_byte(stage, undisturbed, tmp_path):
+    killed: list[int] = []
+
+    def kill(name, receipt):
+        if name == stage and not killed:
+            killed.append(worker_pid(receipt))
+            os.kill(killed[0], signal.SIGKILL)
+
+    heard = Listening(kill)
+    pipeline.run(digits(tmp_path / "run", "runtime.num_workers=2"), until="features", progress=heard)
+
+    assert any(note.startswith("lost the worker on") and f"pid {killed[0]}" in note for note in heard.notes)
+    disturbed, whole = bits(tmp_path / "run"), bits(undisturbed[0])
+    assert disturbed == {name: whole[name] for name in disturbed}
+    assert {name.partition("/")[0] for name in disturbed} == {"base", "basis.zarr", "metric.zarr", "features"}
+
+
+def test_one_worker_writes_the_bytes_of_two(undisturbed, tmp_path):
+    pipeline.run(digits(tmp_path / "run", "runtime.num_workers=1"), until="linear")
+
+    alone, whole = bits(tmp_path / "run"), bits(undisturbed[0])
+    assert alone == {name: whole[name] for name in alone}
+    assert "linear/weights.zarr/weight/c/0/0" in alone
+
+
+@pytest.mark.parametrize("stage", ["metric", "features/train", "features/test", "linear"])
+def test_an_interrupted_run_resumes_to_the_same_bytes(stage, undisturbed, tmp_path):
+    def interrupt(name, receipt):
+        if name == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(digits(tmp_path / "run"), progress=Listening(interrupt))
+    heard = Listening()
+    pipeline.run(digits(tmp_path / "run"), until="linear", progress=heard)
+
+    resumed, whole = bits(tmp_path / "run"), bits(undisturbed[0])
+    assert heard.stages == STAGES[STAGES.index(stage) : STAGES.index("linear_probe") + 1]
+    assert resumed == {name: whole[name] for name in resumed}
+    if stage == "features/train":
+        assert len([1 for name, _ in heard.receipts if name == stage]) < 5
+
+
+def test_another_configuration_is_refused_and_fresh_starts_anew(undisturbed, tmp_path):
+    pipeline.run(digits(tmp_path / "run"), until="base")
+    with pytest.raises(ResumeMismatchError, match=r"metric\.rank was 64, now 32.*--fresh"):
+        pipeline.run(digits(tmp_path / "run", "metric.rank=32"), until="base")
+
+    heard = Listening()
+    pipeline.run(digits(tmp_path / "run", "metric.rank=32"), until="base", fresh=True, progress=heard)
+    assert heard.stages == ["base"]
+
+
+def test_a_foreign_folder_is_refused_even_with_fresh(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(ConfigError, match=r"no run folder: it holds thesis\.txt"):
+            pipeline.run(digits(tmp_path), fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_features_of_true_labels_are_not_scored_on_the_test_rows(ray_session, tmp_path):
+    with pytest.raises(ConfigError, match=r"scores\.labels true"):
+        pipeline.run(digits(tmp_path / "run", "scores.labels=true"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("labels", ["sampled", "uniform"])
+def test_drawn_labels_give_one_score_a_sample(labels, ray_session, tmp_path):
+    results = pipeline.run(digits(tmp_path / "run", f"scores.labels={labels}", "trained_on=null"))
+
+    assert results["num_features"] == fisher_ray.LowRankMetric.load(str(tmp_path / "run" / "metric.zarr")).rank
+    store = fisher_ray.open_features(str(tmp_path / "run" / "features" / "train.zarr"))
+    assert store.read("features", 0, 4).shape == (4, results["num_features"])
+    assert results["accuracy"]["trained_on"] is None
+
+
+def test_every_parameter_as_its_own_coordinate(ray_session, tmp_path):
+    small = ("compression.kind=identity", "scores.parameters=fc1.*", "trained_on=null")
+    results = pipeline.run(digits(tmp_path / "run", *small))
+
+    assert results["accuracy"]["fisher_linear"] > results["accuracy"]["base"]
+
+
+def test_the_classifier_of_a_run_predicts_as_the_stored_features_do(undisturbed):
+    import torch
+
+    from fisher_ray.data.digits import digits as load
+    from fisher_ray.models import digits_mlp, digits_transform
+    from fisher_ray.store import load_arrays
+
+    output, results = undisturbed
+    rows = load("test")
+    inputs = torch.stack([digits_transform(rows[row][0], None) for row in range(len(rows))])
+    labels = torch.tensor([rows[row][1] for row in range(len(rows))])
+    classifier = fisher_ray.FisherClassifier.from_run(str(output))
+    loaded = fisher_ray.FisherClassifier.load(str(output / "linear" / "classifier.safetensors"), digits_mlp())
+
+    probabilities = classifier.predict_proba(inputs)
+    assert torch.equal(loaded.predict_proba(inputs), probabilities)
+    stored, _ = load_arrays(str(output / "linear" / "predictions.zarr"))
+    torch.testing.assert_close(classifier(inputs), torch.from_numpy(stored["fisher_linear"]), rtol=0, atol=2e-3)
+    right = int((probabilities.argmax(1) == labels).sum())
+    assert abs(right / len(labels) - results["accuracy"]["fisher_linear"]) < 0.01
+
+
+def test_a_wrong_row_stops_the_run_naming_it_or_is_left_out_and_listed(ray_session, tmp_path, monkeypatch):
+    (tmp_path / "spoiled.py").write_text(
+        "from fisher_ray.data.digits import Digits, digits\n"
+        "def spoiled(split):\n"
+        "    part = digits(split)\n"
+        "    part._pictures[300] = float('nan')\n"
+        "    return part\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spoiled = ("data.shallow.factory=spoiled:spoiled", "trained_on=null")
+    with pytest.raises(DataError, match=r"data\.shallow row 300.*NaN.*on_error: skip"):
+        pipeline.run(digits(tmp_path / "stop", *spoiled))
+
+    results = pipeline.run(digits(tmp_path / "skip", *spoiled, "data.on_error=skip"))
+    assert results["accuracy"]["fisher_linear"] > results["accuracy"]["base"]
+    assert "row 300" in (tmp_path / "skip" / "report" / "report.html").read_text()
+
+
+def test_a_wrong_model_or_file_is_refused_before_the_folder_is_made(tmp_path):
+    for override, error, words in [
+        ("model.factory=fisher_ray.models:paper_cnn", ModelError, "fails on a sample of shape"),
+        ("model.factory=nowhere:net", ConfigError, "model.factory"),
+        ("data.test.factory=fisher_ray.data.digits:none", ConfigError, "data.test.factory"),
+    ]:
+        output = tmp_path / "run"
+        with pytest.raises(error, match=words):
+            pipeline.run(digits(output, override))
+        assert not output.exists()
+
+
+def test_a_plan_does_nothing(tmp_path):
+    planned = pipeline.plan(digits(tmp_path / "run"))
+
+    assert planned["units"] == {"metric": 5, "features/train": 5, "features/test": 5, "linear": 1}
+    assert planned["feature_bytes"] == 1197 * 640 * 2
+    assert list(tmp_path.iterdir()) == []
+    assert Path(planned["output"]) == tmp_path / "run"

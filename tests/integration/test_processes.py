@@ -1,0 +1,132 @@
+"""The command as a process: Ctrl-C, a killed driver, and jobs on a Ray cluster of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fisher_ray import pipeline
+from tests.integration.processes import alive, descendants, free_ports, started, wait_for
+from tests.integration.runs import QUICK, bits, digits
+
+ROOT = Path(__file__).parents[2]
+OVERRIDES = [word for override in QUICK for word in ("--set", override)]
+LONG = ["--set", "base.steps=1000000"]
+
+
+def has_line(path: Path, text: str) -> bool:
+    return path.exists() and text in path.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_ends_its_workers_and_exits_with_4(number, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "fisher_ray", "demo", "--output", str(tmp_path / "run"), *OVERRIDES, *LONG]
+    with log.open("wb") as stream, started(*command, stdout=stream, stderr=stream) as process:
+        wait_for(lambda: has_line(log, "base: started"), 90, "the first stage")
+        family = descendants(process.pid)
+        process.send_signal(number)
+        assert process.wait(30) == 4
+        wait_for(lambda: not any(map(alive, family)), 30, "the end of Ray's processes")
+
+    assert log.read_text().splitlines()[-1].startswith("error: interrupted before the end. Run the same command")
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, tmp_path):
+    output = tmp_path / "run"
+    # A transform that takes its time in the test split, so that the kill falls in the middle of the feature pass.
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from fisher_ray.models import digits_transform\n"
+        "def transform(image, generator):\n"
+        "    time.sleep(0.004 if generator is None else 0)\n"
+        "    return digits_transform(image, generator)\n"
+    )
+    command = [sys.executable, "-m", "fisher_ray", "demo", "--output", str(output), *OVERRIDES]
+    command += ["--set", "data.transform=slow:transform"]
+    manifests = output / "features" / "train.zarr" / "manifest"
+    with started(*command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: manifests.exists() and any(manifests.glob("unit-*.json")), 120, "a finished unit")
+        process.kill()
+    assert not (output / "features" / "train.zarr" / "seal.json").exists()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.syspath_prepend(str(tmp_path))
+        pipeline.run(digits(output, "data.transform=slow:transform"), until="features")
+    resumed, whole = bits(output), bits(undisturbed[0])
+    features = [name for name in resumed if name.endswith("/c/0/0/0")]
+    assert len(features) == 2
+    assert {name: resumed[name] for name in features} == {name: whole[name] for name in features}
+
+
+@pytest.fixture(scope="module")
+def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray head on loopback with its dashboard, which takes jobs."""
+    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+    names += ("dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    folder = tmp_path_factory.mktemp("ray")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp/frt"}
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options]
+    command[0] = shutil.which("ray", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "ray"
+    log = folder / "log"
+    command.append("--node-ip-address=127.0.0.1")
+    with log.open("wb") as stream, started(*command, stdout=stream, stderr=stream, env=environment):
+        wait_for(lambda: has_line(log, "--block"), 120, "Ray's start")
+        yield f"http://127.0.0.1:{ports['dashboard-port']}"
+
+
+def submit(address: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", "."]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.run(
+        [*command, "--", "python", "jobs/run.py", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory as a clone has it, as far as jobs go."""
+    shutil.copytree(ROOT / "jobs", tmp_path / "clone" / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "clone"
+
+
+@pytest.mark.slow
+def test_a_submitted_job_runs_the_pipeline(jobs_address, folder, tmp_path):
+    output = tmp_path / "run"
+    done = submit(jobs_address, folder, "--config", "jobs/configs/digits.yaml", "--output", str(output), *OVERRIDES)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SUCCEEDED" in done.stdout + done.stderr or "succeeded" in done.stdout + done.stderr
+    results = json.loads((output / "report" / "results.json").read_text())
+    assert results["accuracy"]["fisher_linear"] >= results["accuracy"]["base"] + 0.03
+    assert "linear model on Fisher features" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_job_with_a_wrong_key_fails_and_its_log_ends_with_the_error(jobs_address, folder):
+    done = submit(jobs_address, folder, "--config", "jobs/configs/digits.yaml", "--set", "metric.rnk=3")
+
+    assert done.returncode != 0
+    assert "failed" in (done.stdout + done.stderr).lower()
+    assert "error: unknown key 'metric.rnk'; did you mean 'rank'?" in done.stdout
