@@ -50,12 +50,17 @@ class KroneckerCompressor:
                 f"layer {item.block.name!r} has factors of {item.block.num_outputs} × {item.block.num_inputs}, "
                 f"the metric's are {len(outputs)} × {len(inputs)}: it was fitted on another network"
             )
-        num_scores, batch, _, num_positions = item.deltas.shape
+        num_scores, batch, num_outputs, num_positions = item.deltas.shape
         projected = item.block.project_inputs(item.value, inputs)  # (B, I, T)
-        deltas = torch.matmul(outputs.T, item.deltas)  # (S, B, J, T)
         if num_positions == 1:
-            out = deltas[..., pairs[:, 0], 0].transpose(0, 1)
-            return out * projected[:, None, pairs[:, 1], 0], start
-        deltas = deltas.transpose(0, 1).reshape(batch, -1, num_positions)
-        products = torch.bmm(deltas, projected.transpose(1, 2)).reshape(batch, num_scores, -1)
-        return products[:, :, pairs[:, 0] * inputs.shape[1] + pairs[:, 1]], start
+            deltas = torch.matmul(outputs.T, item.deltas)[..., 0]  # (S, B, J)
+            return deltas[..., pairs[:, 0]].transpose(0, 1) * projected[:, None, pairs[:, 1], 0], start
+        width_out, width_in = outputs.shape[1], inputs.shape[1]
+        contract_first = num_outputs * width_in * (num_positions + width_out)
+        project_first = width_out * num_positions * (num_outputs + width_in)
+        if contract_first < project_first:  # every product runs along contiguous positions
+            products = torch.matmul(torch.matmul(projected, item.deltas.transpose(2, 3)), outputs)
+        else:
+            products = torch.matmul(projected, torch.matmul(outputs.T, item.deltas).transpose(2, 3))
+        flat = products.reshape(num_scores, batch, -1).transpose(0, 1)  # (B, S, I · J)
+        return flat[:, :, pairs[:, 1] * width_out + pairs[:, 0]], start

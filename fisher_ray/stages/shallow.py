@@ -42,14 +42,25 @@ def linear_rows(
     bench: Workbench, store: FeatureStore, part: str, rows: range | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Yield blocks of a run's rows; see :func:`store_rows`."""
-    config = bench.config
-    return store_rows(
-        store, part, rows, seed=config.seed, validation=config.linear.validation, use_hidden=config.linear.hidden
-    )
+    linear = bench.config.linear
+    return store_rows(store, part, rows, seed=bench.config.seed, validation=linear.validation, use_hidden=linear.hidden)
+
+
+def hidden_rows(bench: Workbench, store: FeatureStore, part: str) -> Iterator[dict[str, Tensor]]:
+    """Yield blocks of a run's rows whose ``x`` is the last hidden layer alone; the features are not read."""
+    seed, validation = bench.config.seed, bench.config.linear.validation
+    return store_rows(store, part, seed=seed, validation=validation, use_features=False, use_hidden=True)
 
 
 def store_rows(
-    store: FeatureStore, part: str, rows: range | None = None, *, seed: int, validation: float, use_hidden: bool
+    store: FeatureStore,
+    part: str,
+    rows: range | None = None,
+    *,
+    seed: int,
+    validation: float,
+    use_features: bool = True,
+    use_hidden: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield blocks of rows: ``x`` ``(B, F)``, ``hidden`` (where stored), ``logits``, ``labels``, ``index``.
 
@@ -59,28 +70,29 @@ def store_rows(
         rows: of the store; None for all.
         seed: the run's.
         validation: share of the rows held out.
+        use_features: whether the features are read, and part of ``x``.
         use_hidden: whether the last hidden layer, where stored, is part of ``x``, after the features.
     """
-    names = ["features", "labels", "index", "logits", *(["hidden"] if "hidden" in store.arrays else [])]
+    columns = [*(["features"] if use_features else []), *(["hidden"] if use_hidden else [])]
+    wanted = ("features",) if use_features else ()
+    names = [name for name in store.arrays if name in (*wanted, "labels", "index", "logits", "hidden")]
     waiting: list[dict[str, np.ndarray]] = []
     for chunk in store.iter_chunks(names, rows):
         held = keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(chunk["index"])).numpy()
         keep = {"all": held >= 0, "fit": held >= validation, "validation": held < validation}[part]
         waiting.append(chunk if keep.all() else {name: value[keep] for name, value in chunk.items()})
         if sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
-            yield _joined(waiting, use_hidden)
+            yield _joined(waiting, columns)
             waiting = []
     if any(len(item["labels"]) for item in waiting):
-        yield _joined(waiting, use_hidden)
+        yield _joined(waiting, columns)
 
 
-def _joined(parts: list[dict[str, np.ndarray]], use_hidden: bool) -> dict[str, Tensor]:
+def _joined(parts: list[dict[str, np.ndarray]], columns: list[str]) -> dict[str, Tensor]:
     block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    x = block["features"].reshape(len(block["features"]), -1)
-    if use_hidden and "hidden" in block:
-        x = np.concatenate([x, block["hidden"]], axis=1)
-    tensors = {name: torch.from_numpy(value) for name, value in block.items() if name != "features"}
-    return {**tensors, "x": torch.from_numpy(x)}
+    chosen = [block[name].reshape(len(block[name]), -1) for name in columns if name in block]
+    x = np.concatenate(chosen, axis=1) if len(chosen) > 1 else chosen[0]
+    return {"x": torch.from_numpy(x), **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
 
 
 def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
@@ -157,7 +169,7 @@ def fit_probe(bench: Workbench) -> dict[str, Any]:
         ("ridge", penalty, model) for penalty, model in zip(penalties, ridge_path(fit, penalties), strict=True)
     ]
     candidates += [("logistic", penalty, _fit_logistic(bench, store, fit, penalty, "fit")) for penalty in penalties]
-    scores, labels = score_rows(linear_rows(bench, store, "validation"), "hidden", [item[2] for item in candidates])
+    scores, labels = score_rows(hidden_rows(bench, store, "validation"), "x", [item[2] for item in candidates])
     accuracies = [accuracy(values, labels) for values in scores]
     best = max(range(len(candidates)), key=lambda position: (accuracies[position], candidates[position][1]))
     kind, penalty, _ = candidates[best]
@@ -172,8 +184,8 @@ def fit_probe(bench: Workbench) -> dict[str, Any]:
 
 def _hidden_sums(bench: Workbench, store: FeatureStore, part: str) -> GramSum:
     sums = GramSum.zeros(int(bench.facts.hidden or 0), bench.facts.num_classes)
-    for block in linear_rows(bench, store, part):
-        sums.add(block["hidden"], block["labels"])
+    for block in hidden_rows(bench, store, part):
+        sums.add(block["x"], block["labels"])
     return sums
 
 
@@ -183,8 +195,8 @@ def _fit_logistic(bench: Workbench, store: FeatureStore, sums: GramSum, penalty:
     def evaluate(params: Tensor) -> tuple[float, Tensor]:
         weight, bias = coordinates.raw(params)
         loss, by_weight, by_bias = 0.0, torch.zeros_like(weight), torch.zeros_like(bias)
-        for block in linear_rows(bench, store, part):
-            more, d_weight, d_bias = loss_and_gradient(block["hidden"], block["labels"], weight, bias)
+        for block in hidden_rows(bench, store, part):
+            more, d_weight, d_bias = loss_and_gradient(block["x"], block["labels"], weight, bias)
             loss, by_weight, by_bias = loss + more, by_weight + d_weight, by_bias + d_bias
         return coordinates.objective(params, loss, by_weight, by_bias)
 
