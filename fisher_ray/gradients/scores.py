@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fisher_ray.errors import DataError, ModelError
+from fisher_ray.errors import DataError
 from fisher_ray.gradients.capture import Trace, find_blocks, trace
 from fisher_ray.gradients.layers import Block
 
@@ -106,14 +106,6 @@ class ScoreEngine:
             raise DataError(f"targets: {given}; the rule is one integer in [0, {num_classes}) for each sample")
         target = nn.functional.one_hot(labels, num_classes).to(probabilities)
         return self._backward(run, (target - probabilities)[None])
-
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Logits ``(B, C)`` alone, without a graph."""
-        with torch.no_grad():
-            output = self.model(inputs)
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            raise ModelError("the network's output is not logits of shape (B, C)")
-        return output
 
     def _backward(self, run: Trace, cotangents: Tensor) -> Scores:
         calls = [(name, a, y) for name, kept in run.calls.items() for a, y in kept]
