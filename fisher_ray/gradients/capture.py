@@ -62,10 +62,17 @@ def find_blocks(model: nn.Module, parameters: str = "*") -> list[Block]:
 
 def _refuse_train_mode(name: str, module: nn.Module) -> None:
     dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    if module.training and (dropout or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    what = f"layer {name!r} ({type(module).__name__})"
+    if module.training and (dropout or batch_norm):
         raise ModelError(
-            f"layer {name!r} ({type(module).__name__}) is in train mode, so a sample's gradient would depend on its "
-            "batch or on chance. Call model.eval() first."
+            f"{what} is in train mode, so a sample's gradient would depend on its batch or on chance. "
+            "Call model.eval() first."
+        )
+    if batch_norm and module.running_mean is None:
+        raise ModelError(
+            f"{what} keeps no running statistics, so a sample's gradient would depend on its batch in eval mode too. "
+            "Build it with track_running_stats=True."
         )
 
 

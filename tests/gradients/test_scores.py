@@ -152,8 +152,12 @@ def test_scores_can_be_taken_where_gradients_are_switched_off():
         (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)), ["'1'", "Dropout", "eval()"]),
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval(), ["'1'", "LayerNorm", "Conv2d", "Linear"]),
         (nn.Sequential(nn.Flatten()), ["no parameter", "'*'"]),
+        (
+            nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, affine=False, track_running_stats=False)).eval(),
+            ["'1'", "no running statistics", "track_running_stats=True"],
+        ),
     ],
-    ids=["batch norm", "dropout", "layer norm", "nothing"],
+    ids=["batch norm", "dropout", "layer norm", "nothing", "batch norm without statistics"],
 )
 def test_a_network_that_has_no_per_sample_gradient_is_refused(model, words):
     with pytest.raises(ModelError) as caught:
