@@ -64,7 +64,7 @@ def run(
         journal.event("note", text=text)
 
     with closing(session), closing(Pool(session, config, facts, note)) as pool:
-        return _Run(config, facts, journal, session, pool, progress).run(until or "report")
+        return _Run(config, facts, journal, session, pool, progress, note).run(until or "report")
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -104,10 +104,17 @@ class _Run:
     """One run's stages."""
 
     def __init__(
-        self, config: Config, facts: Facts, journal: Journal, session: Session, pool: Pool, progress: Progress
+        self,
+        config: Config,
+        facts: Facts,
+        journal: Journal,
+        session: Session,
+        pool: Pool,
+        progress: Progress,
+        note: Callable[[str], None],
     ) -> None:
         self._config, self._facts, self._journal = config, facts, journal
-        self._session, self._pool, self._progress = session, pool, progress
+        self._session, self._pool, self._progress, self._note = session, pool, progress, note
         self._storage = Storage(config.output)
 
     def run(self, until: Until) -> dict[str, Any]:
@@ -161,7 +168,7 @@ class _Run:
         )
         finished, stage = finished_units(url), f"features/{name}"
         if finished:
-            self._progress.note(f"{stage}: {len(finished)} of {len(units)} units are there already")
+            self._note(f"{stage}: {len(finished)} of {len(units)} units are there already")
         todo = [unit for unit in units if unit.index not in finished]
         self._pool.map(tasks.write_features, todo, partial(self._received, stage), split=split, name=name)
         seal(url, len(units))
@@ -193,7 +200,7 @@ class _Run:
         self._solo("linear", shallow.save_sums, fit, validation)
         workers = self._pool.target
         self._pool.close()  # their places are Ray Train's meanwhile
-        fitted = fit_logistic(self._session, self._config, self._facts, workers, self._progress.note)
+        fitted = fit_logistic(self._session, self._config, self._facts, workers, self._note)
         shallow.remove_sums(self._storage)
         self._export_classifier()
         return fitted
@@ -233,7 +240,7 @@ class _Run:
 
     def _stage(self, name: str, total: int | None, work: Callable[[], dict[str, Any] | None]) -> None:
         if self._journal.sealed(name):
-            self._progress.note(f"{name}: done before")
+            self._note(f"{name}: done before")
             return
         self._pool.wait_until_ready()  # so that no stage is charged with Ray's start
         self._progress.stage_started(name, total)

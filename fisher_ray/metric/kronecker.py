@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from fisher_ray.errors import DataError
+from fisher_ray.metric.symmetric import add_gram, eigh_descending, mirror, num_above_noise
 from fisher_ray.records import LayerBasis
 
+BLOCK_POSITIONS = 65536
+"""Positions of backpropagated factors multiplied at a time: bounds the copy that a convolution's layout needs."""
 
-@dataclass
+
 class KroneckerSums:
     """Per block ``Σ a aᵀ`` and ``Σ_c p_c Σ_t δ δᵀ`` over samples and positions, float64, mergeable by addition.
 
-    Attributes:
-        arrays: ``<block>:inputs`` ``(A, A)``, ``<block>:outputs`` ``(O, O)``, ``<block>:positions`` ``()``.
+    A call's products are taken in the factors' dtype, which is sound for float32: both are sums of squares, without
+    cancellation, so an entry's rounding is about 1e-6 of its rows' own sizes, and the sums only choose a basis. What
+    the metric measures in that basis is summed by :class:`fisher_ray.metric.FisherSum`.
     """
 
-    arrays: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        """See the class."""
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, block: str, inputs: Tensor, deltas: Tensor) -> None:
-        """Add one call's factors: ``inputs`` ``(B, A, T)``, ``deltas`` ``(S, B, O, T)``."""
-        rows = inputs.transpose(0, 1).flatten(1)  # (A, B·T)
-        outputs = deltas.permute(2, 0, 1, 3).flatten(1)  # (O, S·B·T)
-        self._accumulate(f"{block}:inputs", rows @ rows.T)
-        self._accumulate(f"{block}:outputs", outputs @ outputs.T)
-        self._accumulate(f"{block}:positions", torch.tensor(float(rows.shape[1])))
+        """Add one call's factors: ``inputs`` ``(B, A, T)`` and, weighted by ``√p_c``, ``deltas`` ``(S, B, O, T)``."""
+        batch, num_inputs, num_positions = inputs.shape
+        add_gram(self._sum(f"{block}:inputs", inputs, num_inputs), inputs.transpose(0, 1).flatten(1).T)
+        outputs = self._sum(f"{block}:outputs", deltas, deltas.shape[2])
+        for part in torch.split(deltas, max(1, BLOCK_POSITIONS // max(1, batch * num_positions))):
+            add_gram(outputs, part.permute(2, 0, 1, 3).flatten(1).T)
+        self._sum(f"{block}:positions", inputs).add_(batch * num_positions)
 
-    def _accumulate(self, key: str, value: Tensor) -> None:
-        value = value.to(torch.float64)
-        self.arrays[key] = self.arrays[key] + value if key in self.arrays else value
+    def _sum(self, key: str, like: Tensor, *size: int) -> Tensor:
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(size * 2, dtype=torch.float64, device=like.device)
+        return self._sums[key]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return the sums as NumPy arrays."""
-        return {key: value.cpu().numpy() for key, value in self.arrays.items()}
+        """Return ``<block>:inputs`` ``(A, A)``, ``<block>:outputs`` ``(O, O)`` and ``<block>:positions`` ``()``.
+
+        Adding the arrays of several sums element by element merges the sums.
+        """
+        for total in self._sums.values():
+            if total.ndim:
+                mirror(total)
+        return {key: value.cpu().numpy() for key, value in self._sums.items()}
 
 
 def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]], dim: int) -> dict[str, LayerBasis]:
     """Keep the ``dim`` Kronecker products with the largest eigenvalue products, over all blocks together.
 
     The product of eigenvalues, divided by the number of positions, estimates the Fisher's diagonal in that coordinate
-    (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions).
+    times the number of samples (Martens & Grosse 2015; Grosse & Martens 2016 for convolutions).
 
     Args:
         sums: merged :class:`KroneckerSums` arrays.
@@ -51,11 +63,15 @@ def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]]
         dim: ``D``; fewer are kept when the network has fewer coordinates with a non-zero product.
 
     Returns:
-        float32 bases by block name; a block with no kept coordinate is left out.
+        float32 bases by block name, the coordinates of each in descending order of their products; eigenvectors have
+        their signs fixed as in :func:`fisher_ray.metric.symmetric.eigh_descending`. A block with no kept coordinate is
+        left out.
 
     Raises:
-        DataError: if the sums are not finite or all zero.
+        DataError: if the sums hold no rows, are not finite or are all zero.
     """
+    if not sums:
+        raise DataError("the Kronecker sums have no rows: all were skipped, or there are none")
     decomposed = {}
     for name in shapes:
         if f"{name}:inputs" in sums:
@@ -82,16 +98,18 @@ def _basis(name: str, vectors_in: Tensor, vectors_out: Tensor, flat: Tensor) -> 
     outputs, inputs = flat // num_inputs, flat % num_inputs
     width_out, width_in = int(outputs.max()) + 1, int(inputs.max()) + 1  # eigenvalues descend: a leading block
     pairs = torch.stack([outputs, inputs], dim=1)
-    return LayerBasis(name, vectors_in[:, :width_in].float(), vectors_out[:, :width_out].float(), pairs)
+    columns_in, columns_out = vectors_in[:, :width_in], vectors_out[:, :width_out]
+    return LayerBasis(name, columns_in.float().contiguous(), columns_out.float().contiguous(), pairs)
 
 
 def _eigh(matrix: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending and non-negative, and sign-fixed eigenvectors."""
+    """Eigenvalues, descending, those of rounding alone set to zero, and sign-fixed eigenvectors."""
     tensor = torch.tensor(matrix, dtype=torch.float64)
     if not bool(torch.isfinite(tensor).all()):
         raise DataError(f"the factors of layer {name!r} sum to NaN or infinity: look for extreme inputs or weights")
-    values, vectors = torch.linalg.eigh(tensor)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
+    values, vectors = eigh_descending(tensor)
+    values[num_above_noise(values) :] = 0
+    return values, vectors
 
 
 def identity_bases(shapes: dict[str, tuple[int, int]]) -> dict[str, LayerBasis]:

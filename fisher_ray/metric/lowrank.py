@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,11 @@ from fisher_ray.records import LayerBasis
 from fisher_ray.store import load_arrays, save_arrays
 
 SCHEMA = 1
+OWN_ATTRIBUTES = ("kind", "schema", "blocks", "damping")
+"""What :meth:`LowRankMetric.save` keeps beside the metric's attributes; its values win over the same names there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankMetric:
     """``F ≈ U Λ Uᵀ`` in the ``D`` compressed coordinates, with damping ``δ``.
 
@@ -33,6 +35,11 @@ class LowRankMetric:
     eigvecs: Tensor
     damping: float
     attributes: dict[str, Any]
+    _whitenings: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[type[LowRankMetric], tuple[Any, ...]]:
+        """Pickle without the whitening matrices made so far."""
+        return type(self), (self.bases, self.eigvals, self.eigvecs, self.damping, self.attributes)
 
     @property
     def dim(self) -> int:
@@ -61,8 +68,19 @@ class LowRankMetric:
             ModelError: if ``D`` is not the metric's.
         """
         if compressed.shape[-1] != self.dim:
-            raise ModelError(f"scores have {compressed.shape[-1]} coordinates, the metric {self.dim}")
-        return compressed @ self.whitening.to(compressed)
+            raise ModelError(
+                f"scores have {compressed.shape[-1]} coordinates, the metric {self.dim}: "
+                "it was fitted on another network or with another compression"
+            )
+        return compressed @ self._whitening_like(compressed)
+
+    def _whitening_like(self, compressed: Tensor) -> Tensor:
+        """Return :attr:`whitening` in the dtype and on the device of ``compressed``, made once and kept."""
+        key = compressed.dtype, compressed.device
+        if key not in self._whitenings:
+            with torch.inference_mode(False):  # a tensor made in that mode could never take part in a gradient
+                self._whitenings[key] = self.whitening.to(compressed).contiguous()
+        return self._whitenings[key]
 
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Damped Fisher kernel of compressed scores: ``(..., M, D)``, ``(..., N, D)`` -> ``(..., M, N)``."""
@@ -70,11 +88,9 @@ class LowRankMetric:
 
     def save(self, url: str) -> None:
         """Write a sealed Zarr group with checksums to ``url`` (a local path or ``s3://``)."""
-        arrays: dict[str, np.ndarray] = {"eigvals": self.eigvals.numpy(), "eigvecs": self.eigvecs.numpy()}
-        arrays |= basis_arrays(self.bases)
-        blocks = list(self.bases)
-        attributes = {**self.attributes, "kind": "metric", "schema": SCHEMA, "blocks": blocks, "damping": self.damping}
-        save_arrays(url, arrays, attributes)
+        arrays = {"eigvals": self.eigvals.cpu().numpy(), "eigvecs": self.eigvecs.cpu().numpy()}
+        own = {"kind": "metric", "schema": SCHEMA, "blocks": list(self.bases), "damping": self.damping}
+        save_arrays(url, arrays | basis_arrays(self.bases), {**self.attributes, **own})
 
     @classmethod
     def load(cls, url: str) -> LowRankMetric:
@@ -87,8 +103,9 @@ class LowRankMetric:
         if attributes.get("kind") != "metric" or attributes.get("schema") != SCHEMA:
             raise StoreError(f"{url} is not a metric of schema {SCHEMA}")
         eigvals, eigvecs = torch.tensor(arrays["eigvals"]), torch.tensor(arrays["eigvecs"])
-        bases = bases_from(arrays, attributes["blocks"])
-        return cls(bases, eigvals, eigvecs, float(attributes["damping"]), attributes)
+        bases, damping = bases_from(arrays, attributes["blocks"]), float(attributes["damping"])
+        rest = {key: value for key, value in attributes.items() if key not in OWN_ATTRIBUTES}
+        return cls(bases, eigvals, eigvecs, damping, rest)
 
 
 def basis_arrays(bases: dict[str, LayerBasis]) -> dict[str, np.ndarray]:
@@ -96,7 +113,7 @@ def basis_arrays(bases: dict[str, LayerBasis]) -> dict[str, np.ndarray]:
     arrays = {}
     for position, basis in enumerate(bases.values()):
         for part in ("inputs", "outputs", "pairs"):
-            arrays[f"basis-{position}-{part}"] = getattr(basis, part).contiguous().numpy()
+            arrays[f"basis-{position}-{part}"] = getattr(basis, part).cpu().contiguous().numpy()
     return arrays
 
 

@@ -125,7 +125,7 @@ class Pool:
                 return self._stream(member, task, inputs, threads, on_item, options)
             except ray.exceptions.RayActorError as error:
                 self._bury(member, error)
-                failure = WorkersLostError(f"{task.__name__} lost its worker {attempt} times. {_reason(error)}")
+                failure = WorkersLostError(f"{task.__name__} lost its worker {attempt} times. {reason(error)}")
             except ray.exceptions.ObjectLostError as error:
                 raise WorkersLostError(f"{task.__name__}: a sum was lost with its machine. Run again.") from error
         raise failure
@@ -164,13 +164,14 @@ class Pool:
         if not self._target:
             self._session.connect()
             self._target = _num_workers(self._config)
+        if not self._members:
             self._last_seen_s = time.monotonic()
         while len(self._members) < self._target:
             self._members.append(self._start())
 
     def _start(self) -> _Member:
         runtime = self._config.runtime
-        gpus = _gpus_per_worker(self._config)
+        gpus = gpus_per_worker(self._config)
         resources = {"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": runtime.cpus_per_worker}
         actor: Any = ray.remote(Worker)
         handle = actor.options(
@@ -183,7 +184,7 @@ class Pool:
 
     def _bury(self, member: _Member, error: BaseException) -> None:
         self._members.remove(member)
-        self._last_death = _reason(error)
+        self._last_death = reason(error)
         if member.place is not None:
             self._note(f"lost the worker on {member.place}; starting another")
             return
@@ -257,7 +258,7 @@ class Pool:
             receipt: Any = ray.get(reply)
         except ray.exceptions.RayActorError as error:
             self._bury(member, error)
-            schedule.failed(node, f"the worker on {member.place} died: {_reason(error)}")
+            schedule.failed(node, f"the worker on {member.place} died: {reason(error)}")
         except ray.exceptions.ObjectLostError as error:
             self._again(schedule, node, error)
         except ray.exceptions.RayTaskError as error:
@@ -266,8 +267,8 @@ class Pool:
             elif isinstance(error.cause, FisherRayError):
                 _raise_cause(error)
             else:
-                schedule.failed(node, _reason(error))
-                self._note(f"a piece of work failed on {member.place} and is tried again: {_reason(error)}")
+                schedule.failed(node, reason(error))
+                self._note(f"a piece of work failed on {member.place} and is tried again: {reason(error)}")
         else:
             schedule.done(node, arrays)
             if receipt is not None and on_receipt is not None:
@@ -275,7 +276,7 @@ class Pool:
 
     def _again(self, schedule: Schedule, node: Node, error: BaseException) -> None:
         if node.level == 0:
-            schedule.failed(node, _reason(error))
+            schedule.failed(node, reason(error))
             return
         units = schedule.lost(node)
         self._note(f"sums of {len(units)} units were lost with their machine and are computed again")
@@ -287,11 +288,11 @@ class Pool:
         waited_s = time.monotonic() - self._last_seen_s
         if waited_s > NOTE_AFTER_S and not self._waiting_noted:
             self._waiting_noted = True
-            self._note(f"waiting for workers: {_wanted(self._config)}")
+            self._note(f"waiting for workers: {wanted(self._config)}")
         if waited_s > self._config.runtime.wait_s:
             last = f" The last one ended so: {self._last_death}." if self._last_death else ""
             raise WorkersLostError(
-                f"no worker could be had for {waited_s:.0f} s (runtime.wait_s); {_wanted(self._config)}.{last} "
+                f"no worker could be had for {waited_s:.0f} s (runtime.wait_s); {wanted(self._config)}.{last} "
                 "Free or add machines, or ask for less under 'runtime', then run again to resume."
             )
 
@@ -329,13 +330,15 @@ def _raise_cause(error: ray.exceptions.RayTaskError) -> NoReturn:
     raise error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Return an error's kind and first line, without Ray's wrapping."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]}"
 
 
-def _gpus_per_worker(config: Config) -> float:
+def gpus_per_worker(config: Config) -> float:
+    """Return the GPUs of one worker: as configured, or one where the cluster has any."""
     asked = config.runtime.gpus_per_worker
     if asked != "auto":
         return float(asked)
@@ -346,13 +349,14 @@ def _num_workers(config: Config) -> int:
     asked = config.runtime.num_workers
     if asked != "auto":
         return int(asked)
-    resources, gpus = _resources(), _gpus_per_worker(config)
+    resources, gpus = _resources(), gpus_per_worker(config)
     fitting = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / config.runtime.cpus_per_worker
     return max(1, math.floor(fitting))
 
 
-def _wanted(config: Config) -> str:
-    gpus = _gpus_per_worker(config)
+def wanted(config: Config) -> str:
+    """Say what each worker needs, and what the cluster has."""
+    gpus = gpus_per_worker(config)
     each = f"{gpus:g} GPU" if gpus else f"{config.runtime.cpus_per_worker} CPU"
     has = ", ".join(f"{_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
     return f"each needs {each}, the cluster has {has}"

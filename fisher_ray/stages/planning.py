@@ -101,9 +101,8 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
 
 
 def _seconds(config: Config, facts: Facts) -> dict[str, float]:
-    cpus, workers = config.runtime.cpus_per_worker, config.runtime.num_workers
-    if workers == "auto":
-        workers = max(1, len(os.sched_getaffinity(0)) // cpus)
+    cpus, asked = config.runtime.cpus_per_worker, config.runtime.num_workers
+    workers = max(1, len(os.sched_getaffinity(0)) // cpus) if asked == "auto" else asked
     each_s = _seconds_a_sample(config, facts, cpus) / workers
     num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
     metric_rows = sum(len(unit) for unit in metric_units(config, facts))

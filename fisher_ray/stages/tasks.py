@@ -64,7 +64,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
     joined = {key: np.concatenate(values) for key, values in parts.items()}
     num_bytes = write_unit(bench.url(f"features/{name}.zarr"), unit, joined, attempt=attempt, skipped=skipped)
     seconds = {"compute": computed - start, "write": time.monotonic() - computed}
-    return Receipt(unit, attempt, seconds, num_bytes, str(bench.device), skipped), None
+    return Receipt(unit, attempt, seconds, num_bytes, str(bench.device), skipped=skipped), None
 
 
 def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
@@ -75,7 +75,7 @@ def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[
 
 
 def _receipt(bench: Workbench, unit: Unit, attempt: int, start: float, skipped: dict[int, str]) -> Receipt:
-    return Receipt(unit, attempt, {"compute": time.monotonic() - start}, 0, str(bench.device), skipped)
+    return Receipt(unit, attempt, {"compute": time.monotonic() - start}, 0, str(bench.device), skipped=skipped)
 
 
 def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:

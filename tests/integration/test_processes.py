@@ -16,9 +16,11 @@ import pytest
 from fisher_ray import pipeline
 from tests.integration.processes import alive, descendants, free_ports, started, wait_for
 from tests.integration.runs import QUICK, bits, digits
+from tests.s3_server import KEY, SECRET, S3Server, make_bucket
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [word for override in QUICK for word in ("--set", override)]
+DEMO = [sys.executable, "-m", "fisher_ray", "demo"]
 LONG = ["--set", "base.steps=1000000"]
 
 
@@ -30,7 +32,7 @@ def has_line(path: Path, text: str) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_ends_its_workers_and_exits_with_4(number, tmp_path):
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "fisher_ray", "demo", "--output", str(tmp_path / "run"), *OVERRIDES, *LONG]
+    command = [*DEMO, "--output", str(tmp_path / "run"), *OVERRIDES, *LONG]
     with log.open("wb") as stream, started(*command, stdout=stream, stderr=stream) as process:
         wait_for(lambda: has_line(log, "base: started"), 90, "the first stage")
         family = descendants(process.pid)
@@ -53,7 +55,7 @@ def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, tmp_path):
         "    time.sleep(0.004 if generator is None else 0)\n"
         "    return digits_transform(image, generator)\n"
     )
-    command = [sys.executable, "-m", "fisher_ray", "demo", "--output", str(output), *OVERRIDES]
+    command = [*DEMO, "--output", str(output), *OVERRIDES]
     command += ["--set", "data.transform=slow:transform"]
     manifests = output / "features" / "train.zarr" / "manifest"
     with started(*command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -130,3 +132,33 @@ def test_a_job_with_a_wrong_key_fails_and_its_log_ends_with_the_error(jobs_addre
     assert done.returncode != 0
     assert "failed" in (done.stdout + done.stderr).lower()
     assert "error: unknown key 'metric.rnk'; did you mean 'rank'?" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_a_run_whose_folder_is_in_s3_writes_the_bytes_of_a_local_one(undisturbed, tmp_path):
+    import s3fs
+
+    server = S3Server()
+    try:
+        url = make_bucket(server.endpoint, "runs") + "/digits"
+        environment = os.environ | {
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        log = tmp_path / "log"
+        with (
+            log.open("wb") as stream,
+            started(*DEMO, "--output", url, *OVERRIDES, stdout=stream, stderr=stream, env=environment) as process,
+        ):
+            assert process.wait(200) == 0, log.read_text()
+        files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint)
+        files.get(url, str(tmp_path / "copy"), recursive=True)
+    finally:
+        server.kill()
+
+    assert bits(tmp_path / "copy") == bits(undisturbed[0])
+    everything = [path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    assert not any(SECRET.encode() in content for content in [*everything, log.read_bytes()])

@@ -1,0 +1,343 @@
+"""The logistic fit through Ray Train, which starts a group of workers, and starts it again when it loses one.
+
+What travels between the ranks is small next to their arithmetic and lives on the CPU, so gloo carries it; NCCL takes
+over the tensors where every rank has a GPU of its own. The driver cannot know that (Ray's GPUs may be shared, or mere
+numbers without hardware), and NCCL refuses both: so the process group starts with gloo, and the ranks decide.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, get_device
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from torch import Tensor
+
+from fisher_ray.config import Config
+from fisher_ray.errors import DataError, FisherRayError, WorkersLostError
+from fisher_ray.runtime.pool import gpus_per_worker, reason, wanted
+from fisher_ray.runtime.session import Session
+from fisher_ray.stages import Facts, Workbench, logistic
+from fisher_ray.stages.logistic import Order
+
+START_TIMEOUT_S = 60.0
+"""How long a group waits for its places before it is tried with fewer workers."""
+MAX_FAILED_STARTS = 10
+"""Groups that may fail to start, one after the other."""
+POLL_S = 0.5
+"""How often Ray Train looks at its workers."""
+
+_STARTUP_ERRORS = (
+    "WorkerGroupStartupTimeoutError",
+    "WorkerGroupStartupFailedError",
+    "InsufficientClusterResourcesError",
+)
+"""Ray Train's errors for a group without places or with a worker dead on arrival; by name, as they are not public."""
+
+
+class _NotStartedError(Exception):
+    """A group had no places, or a worker of it died in starting."""
+
+
+class _FitError(Exception):
+    """A worker's own failure that is none of ours; the message is made of plain text, so it always pickles."""
+
+
+def fit_logistic(
+    session: Session, config: Config, facts: Facts, num_workers: int, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run :func:`fisher_ray.stages.logistic.fit_logistic` on the workers of a Ray cluster.
+
+    The workers' places have to be free. If they cannot be had, the fit goes on with fewer workers; if one is lost, it
+    starts again from the beginning. Neither changes a bit of the result.
+
+    Args:
+        session: the connection.
+        config: the run's, its paths absolute.
+        facts: what the first look at the request found.
+        num_workers: ranks, if there are places for them.
+        note: told of lost workers, of fewer workers, and of fits that did not converge.
+
+    Returns:
+        What rank 0 returned.
+
+    Raises:
+        FisherRayError: a worker's own, at once.
+        DataError: if the fit failed by itself ``runtime.max_attempts`` times.
+        WorkersLostError: if workers were lost as often, or could not be had for ``runtime.wait_s``.
+    """
+    session.connect()
+    runtime, attempts, failed_starts, waited_s = config.runtime, config.runtime.max_attempts, 0, 0.0
+    while True:
+        start_s, losses = time.monotonic(), list[str]()
+        try:
+            result = _run_group(session, config, facts, num_workers, attempts, losses)
+        except _NotStartedError as error:
+            lap_s = min(time.monotonic() - start_s, START_TIMEOUT_S)
+            failed_starts, waited_s = (1, lap_s) if losses else (failed_starts + 1, waited_s + lap_s)
+            if waited_s >= runtime.wait_s or failed_starts >= MAX_FAILED_STARTS:
+                raise WorkersLostError(
+                    f"no worker could be had for the logistic fit in {waited_s:.0f} s and {failed_starts} tries: "
+                    f"{error} ({wanted(config)}). Add machines, or ask for less under 'runtime', then run again."
+                ) from error
+            attempts -= len(losses)
+            num_workers = max(1, min(num_workers - 1, _free_places(config)))
+            note(f"the logistic fit did not start ({error}); it is tried with workers: {num_workers}")
+        else:
+            _note_unconverged(result, note)
+            return result
+        finally:
+            for loss in losses:
+                note(f"an attempt at the logistic fit ended: {loss}")
+
+
+def _run_group(
+    session: Session, config: Config, facts: Facts, num_workers: int, attempts: int, losses: list[str]
+) -> dict[str, Any]:
+    """Run one group to its end; ``losses`` is filled with what ended an attempt.
+
+    Raises:
+        _NotStartedError: if it did not start, or not again.
+        FisherRayError: as :func:`fit_logistic`.
+    """
+    gpus = gpus_per_worker(config)
+    threads = config.runtime.cpus_per_worker
+    with tempfile.TemporaryDirectory(prefix="fisher-ray-train-") as folder:
+        record = Path(folder, "losses")
+        trainer: Any = TorchTrainer(
+            _loop,
+            train_loop_config={"config": config, "facts": facts, "threads": threads, "gpus": gpus > 0},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"GPU": gpus} if gpus else {"CPU": float(threads)},
+            ),
+            run_config=RunConfig(
+                name="logistic",
+                storage_path=folder,  # nothing is stored: results come back as return values
+                failure_config=FailureConfig(max_failures=attempts - 1, controller_failure_limit=0),
+                worker_runtime_env={"env_vars": session.worker_environment()},
+                logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[_LossRecord(record)],
+            ),
+        )
+        try:
+            with _settings(config), _interruptible(), _hushed():
+                returned: Any = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise _translated(error, config) from error
+        except ray.exceptions.RayActorError as error:
+            raise WorkersLostError(f"Ray Train's controller died: {reason(error)}. Run again.") from error
+        finally:
+            losses += record.read_text().splitlines() if record.exists() else []
+    if "error" in returned:
+        raise returned["error"]
+    return dict(returned["fitted"])
+
+
+def _translated(error: TrainingFailedError, config: Config) -> Exception:
+    """Return the error that the caller is to see."""
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+        if type(cause).__name__ in _STARTUP_ERRORS:
+            return _NotStartedError(str(cause).split(". ")[0].rstrip("."))
+        return FisherRayError(f"Ray Train failed in the logistic fit: {reason(cause)}")
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    times = f"{config.runtime.max_attempts} times (runtime.max_attempts)"
+    for failure in failures:
+        if isinstance(failure, _FitError):
+            return DataError(f"the logistic fit failed {times}; the last time: {failure}")
+        if isinstance(failure, FisherRayError) and not isinstance(failure, WorkersLostError):
+            return failure
+    last = _telling(failures) if failures else str(error)
+    return WorkersLostError(f"the logistic fit lost workers {times}. The last time: {last}. Run again.")
+
+
+def _telling(failures: list[Exception]) -> str:
+    """Describe the failure that the others follow from: ranks that lost contact do not know why."""
+    first = next((failure for failure in failures if not isinstance(failure, WorkersLostError)), failures[0])
+    return str(first) if isinstance(first, _FitError) else reason(getattr(first, "health_check_failure", first))
+
+
+def _note_unconverged(result: dict[str, Any], note: Callable[[str], None]) -> None:
+    fits = [*result["path"], result]
+    if open_fits := [f"{fit['penalty']:g}" for fit in fits if not fit["converged"]]:
+        note(
+            f"logistic fits that ended before they converged, by penalty: {', '.join(open_fits)}. "
+            "Raise linear.max_steps if the validation accuracy is to be trusted to the last digit."
+        )
+
+
+def _free_places(config: Config) -> int:
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    gpus = gpus_per_worker(config)
+    return math.floor(free.get("GPU", 0) / gpus if gpus else free.get("CPU", 0) / config.runtime.cpus_per_worker)
+
+
+# -- around Ray Train, in the driver
+
+
+class _LossRecord(UserCallback):
+    """Writes a line for every attempt that failed; runs in Ray Train's controller, on the driver's machine."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Add a line."""
+        with self._path.open("a") as file:
+            file.write(_telling(list(worker_exceptions.values())).replace("\n", " ") + "\n")
+
+
+@contextmanager
+def _settings(config: Config) -> Iterator[None]:
+    """Set what Ray Train takes from the environment alone, unless the user has set it."""
+    wanted = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(min(START_TIMEOUT_S, config.runtime.wait_s)),
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Keep Ctrl-C's meaning: Ray Train puts a handler of its own there for good, which exits with code 0."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:  # only a signal's handler raises it in here, and its code is sometimes lost in Ray
+        raise KeyboardInterrupt from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Ignore what Ray Data says of its own defaults, for which Ray Train asks it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.data\.context")
+        yield
+
+
+# -- in the workers
+
+
+def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Take part in the fit; rank 0 returns ``fitted``, or as ``error`` one that another attempt would not mend."""
+    torch.set_num_threads(settings["threads"])
+    device = get_device() if settings["gpus"] and torch.cuda.is_available() else torch.device("cpu")
+    try:
+        exchange = TorchExchange(device)
+        fitted = logistic.fit_logistic(Workbench(settings["config"], settings["facts"], str(device)), exchange)
+    except WorkersLostError:
+        raise
+    except FisherRayError as error:
+        if dist.get_rank():
+            raise
+        return {"error": error}
+    except Exception as error:
+        raise _FitError(reason(error)) from error
+    return {"fitted": fitted}
+
+
+class TorchExchange:
+    """The exchange through ``torch.distributed``: objects go through the default group, which has to be gloo's.
+
+    Args:
+        device: this rank's. Tensors go through NCCL if every rank has a GPU of its own, else through gloo too.
+
+    Attributes:
+        rank: this rank.
+        size: how many there are.
+        backend: what carries tensors, ``nccl`` or ``gloo``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """See the class.
+
+        Raises:
+            WorkersLostError: here and in every method, if another rank cannot be reached.
+        """
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        self.backend = choose_backend(self._all(gpu))
+        self._device = device if self.backend == "nccl" else torch.device("cpu")
+        self._group = dist.new_group(backend="nccl") if self.backend == "nccl" else None
+
+    def share(self, order: Order | None) -> Order:
+        """See :class:`fisher_ray.stages.logistic.Exchange`."""
+        heads: list[Any] = [None if order is None else (order.task, order.part, tuple(order.weight.shape))]
+        with _in_touch():
+            dist.broadcast_object_list(heads, src=0)
+        task, part, shape = heads[0]
+        given = order or Order(task, part, *(torch.empty(size, dtype=torch.float64) for size in (shape, shape[:1])))
+        return Order(task, part, self._broadcast(given.weight), self._broadcast(given.bias))
+
+    def collect(self, reply: Tensor | Exception) -> list[Tensor] | Exception:
+        """See :class:`fisher_ray.stages.logistic.Exchange`."""
+        heads = self._all(reply if isinstance(reply, Exception) else tuple(reply.shape))
+        for head in heads:
+            if isinstance(head, Exception):
+                return head
+        sizes = [math.prod(shape) for shape in heads]
+        mine = torch.zeros(max(sizes), dtype=torch.float64, device=self._device)
+        if isinstance(reply, Tensor):
+            mine[: reply.numel()] = reply.reshape(-1)
+        parts = [torch.empty_like(mine) for _ in sizes] if self.rank == 0 else None
+        if len(mine):
+            with _in_touch():
+                dist.gather(mine, parts, dst=0, group=self._group)
+        return [part[:size].cpu().view(shape) for part, size, shape in zip(parts or [], sizes, heads, strict=False)]
+
+    def _broadcast(self, value: Tensor) -> Tensor:
+        value = value.to(self._device).contiguous()
+        if value.numel():
+            with _in_touch():
+                dist.broadcast(value, src=0, group=self._group)
+        return value.cpu()
+
+    def _all(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with _in_touch():
+            dist.all_gather_object(found, value)
+        return found
+
+
+def choose_backend(gpus: list[str | None]) -> str:
+    """Return what carries tensors between ranks with these GPUs (their UUIDs; None without one): nccl or gloo."""
+    own = None not in gpus and len(set(gpus)) == len(gpus)
+    return "nccl" if own else "gloo"
+
+
+@contextmanager
+def _in_touch() -> Iterator[None]:
+    """Tell a broken connection from other failures: Ray Train starts the group again after either."""
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.distributed's errors are
+        raise WorkersLostError(f"a rank of the fit cannot be reached: {reason(error)}") from error
