@@ -11,12 +11,14 @@ from fisher_ray.linear import wilson_interval
 LABELS = {
     "base": "base network",
     "linear_probe": "linear probe on its last hidden layer",
+    "linear_probe_ridge": "the same, fitted as ridge regression",
+    "linear_probe_logistic": "the same, fitted as logistic regression",
     "trained_on": "base trained on, same data and time",
     "gradnet": "GradNet",
     "fisher_linear": "linear model on Fisher features",
 }
 """What each key of ``accuracy`` is called, in the order shown."""
-OPTIONAL = ("gradnet",)
+OPTIONAL = ("gradnet", "linear_probe_ridge", "linear_probe_logistic")
 """Models that are left out, rather than shown as not run, when they have no accuracy."""
 ABSENT = "–"
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fisher_ray.config import Config
-from fisher_ray.report.comparison import LABELS
 
 Stages = Mapping[str, Mapping[str, Any]]
 _SHARED = {"metric": ("basis", "metric"), "features": ("features/train", "features/test")}
@@ -32,6 +31,8 @@ def summarise(
         ("base", "linear_probe", "trained_on", "fisher_linear", "gradnet")
     )
     accuracy |= {name: correct / counts["total"] for name, correct in counts["correct"].items()}
+    # The same kind of model on both sides; the other kind of probe is shown too, since it may be the better one.
+    accuracy["linear_probe"] = accuracy.pop(f"linear_probe_{config.linear.model}", None)
     trained_on = stages.get("trained_on", {}).get("result", {})
     if trained_on.get("correct") is not None:
         accuracy["trained_on"] = trained_on["correct"] / trained_on["total"]
@@ -78,9 +79,11 @@ def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any]) -> str:
     """
     accuracy = results["accuracy"]
     own = accuracy["fisher_linear"]
+    probes = [key for key in accuracy if key.startswith("linear_probe") and accuracy[key] is not None]
+    best_probe = max(probes, key=lambda key: float(accuracy[key]), default="linear_probe")
     others = [
         f"{100 * abs(own - accuracy[key]):.1f} points {'above' if own >= accuracy[key] else 'below'} the {_name(key)}"
-        for key in ("base", "linear_probe", "trained_on")
+        for key in ("base", best_probe, "trained_on")
         if accuracy.get(key) is not None
     ]
     text = f"The linear model on Fisher features gets {100 * own:.1f} % of {results['num_test']:,} test samples right"
@@ -90,8 +93,11 @@ def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any]) -> str:
     return f"{text}. Training the base network on diverged." if trained_on else f"{text}."
 
 
+_NAMES = {"base": "base network", "trained_on": "base network trained on for the same time"}
+
+
 def _name(key: str) -> str:
-    return {"trained_on": "base network trained on for the same time"}.get(key, LABELS[key].partition(" on its")[0])
+    return _NAMES.get(key, "best linear probe")
 
 
 def _listed(parts: list[str]) -> str:

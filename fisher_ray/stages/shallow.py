@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -158,28 +158,29 @@ def remove_sums(storage: Storage) -> None:
 
 
 def fit_probe(bench: Workbench) -> dict[str, Any]:
-    """Fit linear models on the last hidden layer alone, and write the best as ``linear/probe.zarr``.
+    """Fit ridge and logistic regression on the last hidden layer alone; write ``linear/probe-<kind>.zarr``.
 
-    Ridge and logistic regression over the same penalties; the better on the validation rows is fitted again on all
-    rows. The logits' mean over views is the linear layer's on the mean hidden layer, so the views are the same.
+    Each kind's penalty is the best on the validation rows; it is then fitted on all rows. The logits' mean over views is
+    the linear layer's on the mean hidden layer, so the views are the same as the features'.
+
+    Returns:
+        By kind, ``penalty`` and ``validation`` accuracy.
     """
     store, penalties = train_store(bench), bench.config.linear.penalties
-    fit = _hidden_sums(bench, store, "fit")
-    candidates: list[tuple[str, float, LinearWeights]] = [
-        ("ridge", penalty, model) for penalty, model in zip(penalties, ridge_path(fit, penalties), strict=True)
-    ]
-    candidates += [("logistic", penalty, _fit_logistic(bench, store, fit, penalty, "fit")) for penalty in penalties]
-    scores, labels = score_rows(hidden_rows(bench, store, "validation"), "x", [item[2] for item in candidates])
-    accuracies = [accuracy(values, labels) for values in scores]
-    best = max(range(len(candidates)), key=lambda position: (accuracies[position], candidates[position][1]))
-    kind, penalty, _ = candidates[best]
-    everything = _hidden_sums(bench, store, "all")
-    if kind == "ridge":
-        weights = ridge_path(everything, [penalty])[0]
-    else:
-        weights = _fit_logistic(bench, store, everything, penalty, "all")
-    save_weights(bench, "probe", weights)
-    return {"kind": kind, "penalty": penalty, "validation": accuracies[best]}
+    fit, everything = (_hidden_sums(bench, store, part) for part in ("fit", "all"))
+    paths: dict[str, Callable[[GramSum, str, Sequence[float]], list[LinearWeights]]] = {
+        "ridge": lambda sums, _, values: ridge_path(sums, values),
+        "logistic": lambda sums, part, values: [_fit_logistic(bench, store, sums, value, part) for value in values],
+    }
+    chosen = {}
+    for kind, path in paths.items():
+        models = path(fit, "fit", penalties)
+        scores, labels = score_rows(hidden_rows(bench, store, "validation"), "x", models)
+        accuracies = [accuracy(values, labels) for values in scores]
+        best = max(range(len(penalties)), key=lambda place: (accuracies[place], penalties[place]))
+        save_weights(bench, f"probe-{kind}", path(everything, "all", [penalties[best]])[0])
+        chosen[kind] = {"penalty": penalties[best], "validation": accuracies[best]}
+    return chosen
 
 
 def _hidden_sums(bench: Workbench, store: FeatureStore, part: str) -> GramSum:
@@ -224,14 +225,15 @@ def score_rows(
 
 
 def evaluate(bench: Workbench) -> dict[str, Any]:
-    """Score base network, probe and linear model on the stored test rows, and write ``linear/predictions.zarr``.
+    """Score base network, probes and linear model on the stored test rows, and write ``linear/predictions.zarr``.
 
     Returns:
         ``total`` rows, ``num_classes``, and by model the ``correct`` ones.
     """
     models = {"fisher_linear": ("x", load_weights(bench.url("linear/weights.zarr")))}
     if bench.facts.hidden is not None:
-        models["linear_probe"] = ("hidden", load_weights(bench.url("linear/probe.zarr")))
+        for kind in ("ridge", "logistic"):
+            models[f"linear_probe_{kind}"] = ("hidden", load_weights(bench.url(f"linear/probe-{kind}.zarr")))
     found: dict[str, list[Tensor]] = {name: [] for name in ("labels", "index", "base", *models)}
     for block in linear_rows(bench, open_features(bench.url("features/test.zarr")), "all"):
         for name in ("labels", "index"):
