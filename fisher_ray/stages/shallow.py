@@ -160,8 +160,8 @@ def remove_sums(storage: Storage) -> None:
 def fit_probe(bench: Workbench) -> dict[str, Any]:
     """Fit ridge and logistic regression on the last hidden layer alone; write ``linear/probe-<kind>.zarr``.
 
-    Each kind's penalty is the best on the validation rows; it is then fitted on all rows. The logits' mean over views is
-    the linear layer's on the mean hidden layer, so the views are the same as the features'.
+    Each kind's penalty is the best on the validation rows; it is then fitted on all rows. The logits' mean over views
+    is the linear layer's on the mean hidden layer, so the views are the same as the features'.
 
     Returns:
         By kind, ``penalty`` and ``validation`` accuracy.
