@@ -1,0 +1,78 @@
+from fisher_ray.config import Config
+from fisher_ray.report import summarise
+from tests.test_config import minimal
+
+
+def stages(**replaced):
+    made = {
+        "base": {"seconds": 10.0, "result": {}},
+        "basis": {"seconds": 1.0, "result": {"layers": [{"name": "fc", "shape": [3, 5], "coordinates": 7}]}},
+        "metric": {
+            "seconds": 3.0,
+            "result": {"rank": 8, "num_samples": 400, "eigvals": [2.0, 1.0], "damping": 0.1},
+        },
+        "features/train": {"seconds": 4.0, "result": {"num_rows": 1000}},
+        "features/test": {"seconds": 1.0, "result": {"num_rows": 500}},
+        "linear": {"seconds": 6.0, "result": {"path": [{"penalty": 0.1, "accuracy": 0.7}]}},
+        "trained_on": {"seconds": 15.5, "result": {"correct": 700, "total": 1000, "epochs": 4.25, "steps": 9}},
+        "report": {
+            "result": {
+                "total": 1000,
+                "num_classes": 3,
+                "correct": {
+                    "base": 600,
+                    "linear_probe_ridge": 640,
+                    "linear_probe_logistic": 655,
+                    "fisher_linear": 710,
+                },
+            }
+        },
+    }
+    return made | replaced
+
+
+def test_results_are_what_the_stages_counted_and_took():
+    results, details = summarise(Config.from_dict(minimal()), stages(), {"python": "3"}, {"test": {7: "torn"}})
+
+    assert results["accuracy"] == {
+        "base": 0.6,
+        "linear_probe": 0.64,
+        "linear_probe_logistic": 0.655,
+        "trained_on": 0.7,
+        "fisher_linear": 0.71,
+        "gradnet": None,
+    }
+    assert results["seconds"] == {"base": 10.0, "metric": 4.0, "features": 5.0, "linear": 6.0, "trained_on": 15.5}
+    assert results["samples_per_second"] == {"metric": 100.0, "features": 300.0}
+    assert (results["num_test"], results["num_features"], results["views"]) == (1000, 24, 1)
+    assert details["skipped"] == [{"split": "test", "row": 7, "reason": "torn"}]
+    assert details["environment"]["python"] == "3"
+
+
+def test_the_verdict_names_the_best_probe_and_says_what_is_worse():
+    made = stages(trained_on={"seconds": 1.0, "result": {"correct": 730, "total": 1000, "epochs": 4.25}})
+    _, details = summarise(Config.from_dict(minimal()), made, {}, {})
+
+    assert details["verdict"] == (
+        "The linear model on Fisher features gets 71.0 % of 1,000 test samples right: 11.0 points above the base "
+        "network, 5.5 points above the best linear probe and 2.0 points below the base network trained on for the same "
+        "time (4.2 passes over the same data)."
+    )
+
+
+def test_training_on_that_diverged_or_was_left_out_has_no_accuracy():
+    for result, ending in [({"correct": None, "total": 0, "epochs": 0.1}, "diverged."), (None, "best linear probe.")]:
+        made = stages()
+        made["trained_on"] = {"seconds": 1.0, "result": result}
+        if result is None:
+            del made["trained_on"]
+        results, details = summarise(Config.from_dict(minimal()), made, {}, {})
+        assert results["accuracy"]["trained_on"] is None
+        assert details["verdict"].endswith(ending)
+
+
+def test_the_probe_beside_a_logistic_model_is_logistic():
+    config = Config.from_dict(minimal(linear={"model": "logistic"}))
+    results, _ = summarise(config, stages(), {}, {})
+
+    assert (results["accuracy"]["linear_probe"], results["accuracy"]["linear_probe_ridge"]) == (0.655, 0.64)
