@@ -1,0 +1,145 @@
+"""Every refusal before any work."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fisher_ray.errors import ConfigError, DataError, ModelError
+from fisher_ray.models import digits_mlp
+from fisher_ray.stages import inspect_request
+from tests.integration.runs import digits
+
+MODULE = """
+import torch
+from torch import nn
+from fisher_ray.data.digits import digits
+
+def attention():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.LayerNorm(10))
+
+class Norm(nn.BatchNorm1d):
+    def train(self, mode=True):
+        return super().train(True)
+
+def batch_norm():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Norm(10, affine=False))
+
+def no_network():
+    return "network"
+
+def broken():
+    raise OSError("no weights here")
+
+def vectors(split):
+    return [(picture.reshape(-1), label) for picture, label in (digits(split)[i] for i in range(300))]
+
+def plain(x, generator):
+    return torch.as_tensor(x)
+"""
+
+
+@pytest.fixture
+def user_code(tmp_path, monkeypatch):
+    (tmp_path / "user_code.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    import sys
+
+    sys.modules.pop("user_code", None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["model.factory=user_code:gone"], ConfigError, "model.factory.*has no 'gone'"),
+        (["model.factory=user_code:no_network"], ModelError, "returned str, not a torch.nn.Module"),
+        (["model.factory=user_code:broken"], ModelError, "raised OSError: no weights here"),
+        (["model.factory=user_code:attention"], ModelError, r"layer '2' \(LayerNorm\).*supported: .*Linear"),
+        (["model.factory=user_code:batch_norm"], ModelError, r"layer '2' \(Norm\) is in train mode"),
+        (["scores.parameters=head.*"], ModelError, r"no parameter of the network matches scores.parameters 'head"),
+        (["data.test.kwargs={split: none}"], ConfigError, "no split 'none'"),
+        (["data.transform=user_code:nothing"], ConfigError, r"data\.transform"),
+        (
+            [
+                "data.test={format: torch, factory: 'user_code:vectors', kwargs: {split: test}}",
+                "data.transform=user_code:plain",
+            ],
+            ConfigError,
+            "samples have different shapes",
+        ),
+    ],
+)
+def test_a_wrong_request_is_refused_naming_what_is_wrong(overrides, error, words, user_code, tmp_path):
+    with pytest.raises(error, match=words):
+        inspect_request(digits(tmp_path / "run", *overrides).located())
+
+
+def test_a_label_out_of_range_is_refused_naming_row_and_file(tmp_path):
+    labels = np.arange(300) % 10
+    labels[217] = 10
+    np.savez(tmp_path / "d.npz", inputs=np.zeros((300, 8, 8), np.float32), labels=labels)
+
+    with pytest.raises(DataError, match=r"d\.npz row 217 \(data\.test row 217\).*10 is not in \[0, 10\)") as caught:
+        inspect_request(digits(tmp_path, f"data.test={{format: numpy, path: {tmp_path / 'd.npz'}}}").located())
+    assert caught.value.row == 217
+
+
+def test_views_of_vectors_are_refused(user_code, tmp_path):
+    splits = ("train", "shallow", "test")
+    data = [
+        f"data.{name}={{format: torch, factory: 'user_code:vectors', kwargs: {{split: {name}}}}}" for name in splits
+    ]
+    with pytest.raises(ConfigError, match=r"linear\.views 2 mirrors pictures.*\(64,\)"):
+        inspect_request(digits(tmp_path, *data, "data.transform=user_code:plain", "linear.views=2").located())
+
+
+def test_identity_of_too_many_parameters_is_refused(tmp_path):
+    wide = ["model.factory=fisher_ray.models:mlp", "model.kwargs={sizes: [64, 300, 10]}", "compression.kind=identity"]
+    with pytest.raises(ConfigError, match=r"identity keeps all 22510 parameters.*at most 16384"):
+        inspect_request(digits(tmp_path, *wide).located())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_every_difference(tmp_path):
+    state = digits_mlp().state_dict()
+    state["fc1.weight"] = torch.zeros(10, 31)
+    state["head.bias"] = state.pop("fc1.bias")
+    save_file(state, tmp_path / "c.safetensors")
+
+    with pytest.raises(ModelError) as caught:
+        inspect_request(digits(tmp_path, "base=null", f"model.checkpoint={tmp_path / 'c.safetensors'}").located())
+    for words in ("missing fc1.bias", "unknown head.bias", "fc1.weight is (10, 31) instead of (10, 32)"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gone.pt", None, "there is no file"),
+        ("torn.safetensors", b"123", "cannot be read"),
+        ("torn.pt", b"123", "cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_refused(name, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=words):
+        inspect_request(digits(tmp_path, "base=null", f"model.checkpoint={tmp_path / name}").located())
+
+
+def test_a_checkpoint_that_holds_nan_is_refused(tmp_path):
+    state = digits_mlp().state_dict()
+    state["fc1.bias"] = torch.full((10,), torch.nan)
+    torch.save(state, tmp_path / "c.pt")
+
+    with pytest.raises(ModelError, match=r"fc1\.bias holds NaN or infinity"):
+        inspect_request(digits(tmp_path, "base=null", f"model.checkpoint={tmp_path / 'c.pt'}").located())
+
+
+def test_the_facts_are_those_of_data_and_network(tmp_path):
+    facts = inspect_request(digits(tmp_path).located())
+
+    assert facts.num_rows == {"train": 600, "shallow": 600, "test": 597}
+    assert (facts.input_shape, facts.num_classes, facts.hidden) == ((1, 8, 8), 10, 32)
+    assert facts.block_shapes == {"fc0": (32, 65), "fc1": (10, 33)}
+    assert facts.num_parameters == sum(p.numel() for p in digits_mlp().parameters())
