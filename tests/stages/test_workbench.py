@@ -39,6 +39,9 @@ def plain(x, generator):
 """
 
 
+VECTORS = "data.test={format: torch, factory: 'user_code:vectors', kwargs: {split: test}}"
+
+
 @pytest.fixture
 def user_code(tmp_path, monkeypatch):
     (tmp_path / "user_code.py").write_text(MODULE)
