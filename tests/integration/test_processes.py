@@ -20,6 +20,7 @@ from tests.s3_server import KEY, SECRET, S3Server, make_bucket
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [word for override in QUICK for word in ("--set", override)]
+RAY = str(Path(sys.executable).parent / "ray")
 DEMO = [sys.executable, "-m", "fisher_ray", "demo"]
 LONG = ["--set", "base.steps=1000000"]
 
@@ -80,10 +81,10 @@ def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     names += ("dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     folder = tmp_path_factory.mktemp("ray")
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp/frt"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs find `python` where Ray was started
+    environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     options = [f"--{name}={port}" for name, port in ports.items()]
-    command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options]
-    command[0] = shutil.which("ray", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") or "ray"
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options]
     log = folder / "log"
     command.append("--node-ip-address=127.0.0.1")
     with log.open("wb") as stream, started(*command, stdout=stream, stderr=stream, env=environment):
@@ -92,7 +93,7 @@ def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def submit(address: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", "."]
+    command = [RAY, "job", "submit", "--address", address, "--working-dir", "."]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
