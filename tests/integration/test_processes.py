@@ -15,6 +15,7 @@ import pytest
 
 from fisher_ray import pipeline
 from tests.integration.processes import alive, descendants, free_ports, started, wait_for
+from tests.integration.runs import DEMO as DIGITS
 from tests.integration.runs import QUICK, bits, digits
 from tests.s3_server import KEY, SECRET, S3Server, make_bucket
 
@@ -137,9 +138,10 @@ def test_a_job_with_a_wrong_key_fails_and_its_log_ends_with_the_error(jobs_addre
 
 @pytest.mark.slow
 @pytest.mark.s3
-def test_a_run_whose_folder_is_in_s3_writes_the_bytes_of_a_local_one(undisturbed, tmp_path):
+def test_features_written_to_s3_are_the_bytes_of_local_ones(undisturbed, tmp_path):
     import s3fs
 
+    command = [sys.executable, "-m", "fisher_ray", "write-features", str(DIGITS)]
     server = S3Server()
     try:
         url = make_bucket(server.endpoint, "runs") + "/digits"
@@ -152,14 +154,16 @@ def test_a_run_whose_folder_is_in_s3_writes_the_bytes_of_a_local_one(undisturbed
         log = tmp_path / "log"
         with (
             log.open("wb") as stream,
-            started(*DEMO, "--output", url, *OVERRIDES, stdout=stream, stderr=stream, env=environment) as process,
+            started(*command, "--output", url, *OVERRIDES, stdout=stream, stderr=stream, env=environment) as process,
         ):
-            assert process.wait(200) == 0, log.read_text()
+            assert process.wait(240) == 0, log.read_text()
         files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint)
         files.get(url, str(tmp_path / "copy"), recursive=True)
     finally:
         server.kill()
 
-    assert bits(tmp_path / "copy") == bits(undisturbed[0])
+    copied, whole = bits(tmp_path / "copy"), bits(undisturbed[0])
+    assert copied == {name: whole[name] for name in copied}
+    assert {name.partition("/")[0] for name in copied} == {"base", "basis.zarr", "metric.zarr", "features"}
     everything = [path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()]
     assert not any(SECRET.encode() in content for content in [*everything, log.read_bytes()])
