@@ -15,8 +15,8 @@ from fisher_ray.storage import Storage
 SCHEMA = 1
 PROGRAM = "fisher_ray"
 RUN_FILE, EVENTS_FILE = "run.json", "events.jsonl"
-OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", EVENTS_FILE, RUN_FILE)
-"""What a run writes into its folder; ``run.json`` last, so that a half-removed folder is still known as one."""
+OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", EVENTS_FILE)
+"""What a run writes into its folder, besides ``run.json``."""
 EVENTS_EVERY_S = 30.0
 """Least time between two writes of the events, stages' ends apart."""
 
@@ -54,12 +54,11 @@ class Journal:
         document = _read(storage)
         if document is None:
             _refuse_foreign(storage)
-        elif fresh:
-            for name in OWN:
-                storage.remove(name)
+        elif fresh or document.get("clearing"):
+            _clear(storage)
             document = None
         if document is None:
-            journal = cls(storage, {"schema": SCHEMA, "program": PROGRAM, "stages": {}, "decisions": {}, **facts}, [])
+            journal = cls(storage, {**_empty(), **facts}, [])
             journal._save()
             return journal
         if differences := _differences(document, facts):
@@ -169,6 +168,18 @@ def _read(storage: Storage) -> dict[str, Any] | None:
             "Give another output."
         )
     return document
+
+
+def _empty() -> dict[str, Any]:
+    return {"schema": SCHEMA, "program": PROGRAM, "stages": {}, "decisions": {}}
+
+
+def _clear(storage: Storage) -> None:
+    """Remove a run; if this is cut off, what is left says so, and is removed by the next one to open the folder."""
+    document = {**_empty(), "clearing": True}
+    storage.write_bytes(RUN_FILE, json.dumps(document).encode())
+    for name in OWN:
+        storage.remove(name)
 
 
 def _refuse_foreign(storage: Storage) -> None:

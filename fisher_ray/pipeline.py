@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable
 from contextlib import closing
@@ -14,12 +15,13 @@ import yaml
 from fisher_ray import report
 from fisher_ray.classifier import FisherClassifier
 from fisher_ray.config import Config
-from fisher_ray.errors import ConfigError
+from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Receipt, SilentProgress, Unit
 from fisher_ray.runtime import Pool, Session
 from fisher_ray.stages import Facts, inspect_request, planning, shallow, tasks, training
 from fisher_ray.stages.passes import feature_spec
+from fisher_ray.stages.workbench import BASE_FILE
 from fisher_ray.storage import Storage
 from fisher_ray.store import create_store, finished_units, open_features, seal
 
@@ -75,6 +77,7 @@ def plan(config: Config) -> dict[str, Any]:
         DataError: if a label or a split's first sample is wrong.
     """
     config = config.located()
+    Storage(config.output)  # refuses what run would refuse
     return planning.describe_run(config, inspect_request(config))
 
 
@@ -128,6 +131,14 @@ class _Run:
     def base(self) -> None:
         """Train the base network, or take the checkpoint."""
         self._stage("base", None, lambda: self._solo("base", training.train_base))
+        if (
+            hashlib.sha256(self._storage.read_bytes(BASE_FILE)).hexdigest()
+            != self._journal.result("base")["fingerprint"]
+        ):
+            raise ModelError(
+                f"{self._url(BASE_FILE)} is not the network that this run was begun with. Put it back, or start anew "
+                "with --fresh."
+            )
 
     def metric(self) -> None:
         """Choose the compression, then decompose the Fisher matrix in its coordinates."""

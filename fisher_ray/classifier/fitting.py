@@ -20,6 +20,7 @@ from fisher_ray.metric import LowRankMetric, choose_bases, decompose, identity_b
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import feature_arrays, fisher_pass, kronecker_pass
 from fisher_ray.stages.shallow import score_rows, store_rows
+from fisher_ray.stages.workbench import MAX_IDENTITY
 from fisher_ray.store import (
     FeatureStore,
     StoreSpec,
@@ -81,6 +82,12 @@ def fit_metric(
     _check_options(data, dim, rank, labels=labels, compression=compression, estimator=estimator, structure=structure)
     engine, like = ScoreEngine(model, parameters), next(model.parameters())
     shapes = engine.block_shapes
+    num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in shapes.values())
+    if compression == "identity" and num_parameters > MAX_IDENTITY:
+        raise RequestError(
+            f"compression identity keeps all {num_parameters} parameters, and its Fisher matrix is dense: at most "
+            f"{MAX_IDENTITY}. Give compression='kronecker', or choose fewer with parameters."
+        )
     if compression == "kronecker":
         sums = kronecker_pass(engine, _batches(data, labels, like), labels, seed)
         bases = choose_bases(sums, shapes, dim)

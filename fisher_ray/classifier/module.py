@@ -69,6 +69,12 @@ class FisherClassifier(nn.Module):
         weights = load_weights(f"{place}/linear/weights.zarr")
         return cls(model, LowRankMetric.load(f"{place}/metric.zarr"), weights, views=config.linear.views)
 
+    def train(self, mode: bool = True) -> FisherClassifier:
+        """Set the mode of this module; the base network stays in eval mode, which its scores need."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return scores ``(B, C)`` of inputs ``(B, ...)``; their order is the classes', their scale the linear model's.
 
@@ -115,8 +121,8 @@ class FisherClassifier(nn.Module):
         Raises:
             StorageError: if it cannot be written.
         """
-        folder, _, name = url.rpartition("/")
-        Storage(folder or ".").write_bytes(name, self.to_bytes())
+        storage, name = _place(url)
+        storage.write_bytes(name, self.to_bytes())
 
     @classmethod
     def load(cls, url: str, model: nn.Module) -> FisherClassifier:
@@ -130,8 +136,11 @@ class FisherClassifier(nn.Module):
             StoreError: if the file is not a classifier's.
             ModelError: if ``model`` is another architecture.
         """
-        folder, _, name = url.rpartition("/")
-        raw = Storage(folder or ".").read_bytes(name)
+        storage, name = _place(url)
+        try:
+            raw = storage.read_bytes(name)
+        except FileNotFoundError:
+            raise StoreError(f"there is no file {url}. Correct the path.") from None
         tensors, rest = _unpack(raw, url)
         state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
         load_state(model.eval(), state, url)
@@ -140,6 +149,11 @@ class FisherClassifier(nn.Module):
         metric = LowRankMetric(bases, eigvals, eigvecs, rest["damping"], rest["attributes"])
         weights = LinearWeights(tensors["linear.weight"], tensors["linear.bias"], rest["penalty"], rest["temperature"])
         return cls(model, metric, weights, views=rest["views"])
+
+
+def _place(url: str) -> tuple[Storage, str]:
+    folder, slash, name = url.rpartition("/")
+    return Storage(folder or slash or "."), name
 
 
 def _unpack(raw: bytes, url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -123,11 +123,13 @@ class Pool:
             member = self._any_ready()
             try:
                 return self._stream(member, task, inputs, threads, on_item, options)
-            except ray.exceptions.RayActorError as error:
-                self._bury(member, error)
-                failure = WorkersLostError(f"{task.__name__} lost its worker {attempt} times. {reason(error)}")
             except ray.exceptions.ObjectLostError as error:
                 raise WorkersLostError(f"{task.__name__}: a sum was lost with its machine. Run again.") from error
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:  # died, killed for memory, its node gone
+                self._bury(member, error)
+                failure = WorkersLostError(f"{task.__name__} lost its worker {attempt} times. {reason(error)}")
         raise failure
 
     def wait_until_ready(self) -> None:
@@ -246,7 +248,7 @@ class Pool:
             self._failed_starts = 0
         except ray.exceptions.RayTaskError as error:
             _raise_cause(error)
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             self._bury(member, error)
 
     def _take_in(self, member: _Member, schedule: Schedule, on_receipt: Callable[[Receipt], None] | None) -> None:
@@ -256,9 +258,6 @@ class Pool:
             return
         try:
             receipt: Any = ray.get(reply)
-        except ray.exceptions.RayActorError as error:
-            self._bury(member, error)
-            schedule.failed(node, f"the worker on {member.place} died: {reason(error)}")
         except ray.exceptions.ObjectLostError as error:
             self._again(schedule, node, error)
         except ray.exceptions.RayTaskError as error:
@@ -269,6 +268,9 @@ class Pool:
             else:
                 schedule.failed(node, reason(error))
                 self._note(f"a piece of work failed on {member.place} and is tried again: {reason(error)}")
+        except ray.exceptions.RayError as error:  # died, killed for memory, its node gone
+            self._bury(member, error)
+            schedule.failed(node, f"the worker on {member.place} died: {reason(error)}")
         else:
             schedule.done(node, arrays)
             if receipt is not None and on_receipt is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fisher_ray.errors import DataError
+from fisher_ray.errors import DataError, WorkersLostError
 from fisher_ray.records import Unit
 
 
@@ -35,7 +35,7 @@ class Schedule:
 
     Args:
         units: in order.
-        max_attempts: how often one piece of work may be started.
+        max_attempts: how often one piece of work may fail, or its inputs be lost.
         merge: whether results are merged; otherwise they are not kept.
     """
 
@@ -44,6 +44,8 @@ class Schedule:
         self._units, self._max_attempts, self._merge = list(units), max_attempts, merge
         self._queue = deque(Node(0, position) for position in range(len(self._units)))
         self._attempts: Counter[Node] = Counter()
+        self._failures: Counter[Node] = Counter()
+        self._losses: Counter[Node] = Counter()
         self._results: dict[Node, Any] = {}
         self._running: set[Node] = set()
         self._left = len(self._units)  # units whose result has not come
@@ -99,21 +101,28 @@ class Schedule:
         """Put a piece of work back.
 
         Raises:
-            DataError: if it has been tried ``max_attempts`` times.
+            DataError: if it has failed ``max_attempts`` times.
         """
         self._running.discard(node)
-        if self._attempts[node] >= self._max_attempts:
-            raise DataError(f"{self._name(node)} failed {self._attempts[node]} times; the last time: {reason}")
+        self._failures[node] += 1
+        if self._failures[node] >= self._max_attempts:
+            raise DataError(f"{self._name(node)} failed {self._failures[node]} times; the last time: {reason}")
         if node.level == 0:
             self._queue.appendleft(node)
 
     def lost(self, node: Node) -> list[Unit]:
-        """Take note that a merge's inputs are gone: their units are computed again.
+        """Take note that a merge's inputs are gone: their units are computed again, which is no failure of theirs.
 
         Raises:
-            DataError: as :meth:`failed`.
+            WorkersLostError: if it lost them ``max_attempts`` times.
         """
-        self.failed(node, "its inputs were lost with the machine that held them")
+        self._running.discard(node)
+        self._losses[node] += 1
+        if self._losses[node] >= self._max_attempts:
+            raise WorkersLostError(
+                f"{self._name(node)}: its inputs were lost {self._losses[node]} times with the machines that held "
+                "them. Run again to resume."
+            )
         again: list[Unit] = []
         for child in self._children(node):
             again += self._forget(child)

@@ -64,6 +64,10 @@ class Session:
         else:
             try:
                 ray.init(address=self._address, **quiet)
+            except ValueError as error:
+                raise ConfigError(
+                    f"--address {self._address!r} is no address: {error}. Give host:port or auto."
+                ) from error
             except (ConnectionError, ray.exceptions.RaySystemError, TimeoutError) as error:
                 raise WorkersLostError(
                     f"no Ray cluster answers at {self._address!r}: {error}. Start it, correct --address or "

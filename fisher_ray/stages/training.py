@@ -54,6 +54,8 @@ def train_base(bench: Workbench) -> Iterator[dict[str, Any]]:
 
 
 def _keep_base(bench: Workbench, model: nn.Module) -> dict[str, str]:
+    if broken := [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]:
+        raise ModelError(f"training diverged: {broken[0]} holds NaN or infinity at the end. Lower base.lr.")
     raw = network_bytes(model)
     bench.storage.write_bytes(BASE_FILE, raw)
     return {"fingerprint": hashlib.sha256(raw).hexdigest()}

@@ -31,7 +31,7 @@ class Facts:
 
     Attributes:
         num_rows: by split.
-        fingerprints: of the splits' data, and of the checkpoint.
+        fingerprints: of the splits' data, and of the checkpoint or the untrained network.
         input_shape: one sample's.
         num_classes: ``C``.
         hidden: width of the last hidden layer, or None.
@@ -135,6 +135,8 @@ def inspect_request(config: Config) -> Facts:
     shape = shapes["shallow"]
     if config.linear.views == 2 and len(shape) < 2:
         raise ConfigError(f"linear.views 2 mirrors pictures, and a sample has shape {shape}. Set linear.views: 1.")
+    if config.base is not None:
+        fingerprints["model"] = hashlib.sha256(repr(model).encode() + network_bytes(model)).hexdigest()
     logits, hidden = _try_network(model, engine, shape)
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)

@@ -37,7 +37,7 @@ def test_every_stage_leaves_what_the_design_says(undisturbed):
     assert list(run["stages"]) == [*STAGES, "report"]
     assert all(record["sealed"] for record in run["stages"].values())
     assert run["config"]["compression"]["dim"] == 128
-    assert set(run["fingerprints"]) == {"train", "shallow", "test"}
+    assert set(run["fingerprints"]) == {"train", "shallow", "test", "model"}
     events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     units = [event for event in events if event["event"] == "unit done" and event["stage"] == "features/train"]
     assert sorted(event["unit"] for event in units) == [0, 1, 2, 3, 4]
