@@ -1,11 +1,12 @@
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fisher_ray.data import plan_units
-from fisher_ray.errors import DataError
+from fisher_ray.errors import DataError, StoppedError
 from fisher_ray.runtime.schedule import Node, Schedule
 
 
@@ -39,6 +40,76 @@ def test_the_tree_is_the_same_whatever_the_order_the_workers_and_the_losses(num_
     assert work_through(num_units, seed, num_workers, 0.3) == undisturbed
     found = [int(word) for word in undisturbed.replace("(", " ").replace(")", " ").replace("+", " ").split()]
     assert found == list(range(num_units))
+
+
+def pairwise_tree(words: list[str]) -> str:
+    """Join neighbours until one is left: the oracle of the tree's shape."""
+    while len(words) > 1:
+        pairs = [words[place : place + 2] for place in range(0, len(words), 2)]
+        words = [f"({pair[0]}+{pair[1]})" if len(pair) == 2 else pair[0] for pair in pairs]
+    return words[0]
+
+
+@given(st.integers(1, 70))
+def test_the_trees_shape_is_given_by_the_number_of_units(num_units):
+    assert work_through(num_units, 0, 3, 0.0) == pairwise_tree([str(index) for index in range(num_units)])
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32), st.integers(1, 6))
+def test_few_results_are_held_at_a_time(num_units, seed, num_workers):
+    chance, schedule, running = random.Random(seed), Schedule(plan_units(num_units, 1), 1, merge=True), []
+    while not schedule.finished:
+        while len(running) < num_workers and (work := schedule.take()) is not None:
+            running.append(work[0])
+        schedule.done(running.pop(chance.randrange(len(running))), object())
+        assert len(schedule._results) <= num_workers * (num_units.bit_length() + 1)
+
+
+@given(st.integers(1, 20), st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.booleans())
+def test_a_unit_is_given_up_when_it_failed_so_often_and_not_before(num_units, seed, num_workers, max_attempts, merge):
+    chance, schedule = random.Random(seed), Schedule(plan_units(5 * num_units, 5), max_attempts, merge=merge)
+    failures: Counter[Node] = Counter()
+    running: list[Node] = []
+    while not schedule.finished:
+        while len(running) < num_workers and (work := schedule.take()) is not None:
+            node, attempt = work
+            assert attempt == failures[node] + 1
+            running.append(node)
+        node = running.pop(chance.randrange(len(running)))
+        if chance.random() > 0.4:
+            schedule.done(node, None)
+            continue
+        failures[node] += 1
+        if failures[node] < max_attempts:
+            schedule.failed(node, "bad luck")
+            continue
+        name = "merging sums"
+        if not node.level:
+            unit = schedule.unit(node)
+            name = rf"unit {unit.index} with rows \[{unit.start}, {unit.stop}\)"
+        with pytest.raises(DataError, match=rf"{name}.* failed {max_attempts} times; the last time: bad luck"):
+            schedule.failed(node, "bad luck")
+        return
+
+
+@given(st.integers(1, 20), st.integers(0, 2**32), st.integers(1, 4))
+def test_without_merging_every_unit_is_done_once_in_order_but_for_failures(num_units, seed, num_workers):
+    chance, schedule = random.Random(seed), Schedule(plan_units(5 * num_units, 5), 10**6, merge=False)
+    running: list[Node] = []
+    started: list[int] = []
+    done: list[int] = []
+    while not schedule.finished:
+        while len(running) < num_workers and (work := schedule.take()) is not None:
+            running.append(work[0])
+            started += [work[0].position] if work[1] == 1 else []
+        node = running.pop(chance.randrange(len(running)))
+        if chance.random() < 0.3:
+            schedule.failed(node, "bad luck")
+        else:
+            schedule.done(node, object())
+            done.append(schedule.unit(node).index)
+            assert schedule._results == {}
+    assert started == sorted(done) == list(range(num_units))
 
 
 def test_the_tree_joins_neighbours_level_by_level():
@@ -90,3 +161,55 @@ def test_what_a_lost_merge_was_made_of_is_computed_again():
 
     assert [unit.index for unit in schedule.lost(Node(1, 0))] == [0, 1]
     assert sorted(schedule.take()[0].position for _ in range(4)) == [0, 1, 2, 3]
+
+
+def test_a_single_lost_side_takes_nothing_else_with_it():
+    schedule = Schedule(plan_units(8, 1), 5, merge=True)
+    while (work := schedule.take()) != (Node(2, 0), 1):
+        assert work is not None
+        node = work[0]
+        schedule.done(node, str(node) if node.level == 0 else "+".join(schedule.inputs(node)))
+    assert set(schedule._results) == {Node(1, 0), Node(1, 1)}
+    assert schedule.take() == (Node(0, 4), 1)
+
+    assert sorted(unit.index for unit in schedule.lost(Node(2, 0))) == [0, 1, 2, 3]
+    schedule.done(Node(0, 4), "kept")
+    assert schedule._results == {Node(0, 4): "kept"}
+    assert not schedule.finished
+
+
+def test_a_last_result_that_had_moved_up_is_lost_down_to_its_unit():
+    schedule = Schedule(plan_units(3, 1), 5, merge=True)
+    while (work := schedule.take()) != (Node(2, 0), 1):
+        assert work is not None
+        schedule.done(work[0], "")
+
+    assert sorted(unit.index for unit in schedule.lost(Node(2, 0))) == [0, 1, 2]
+
+
+def until_merge(schedule: Schedule) -> Node:
+    while True:
+        work = schedule.take()
+        assert work is not None
+        if work[0].level:
+            return work[0]
+        schedule.done(work[0], "")
+
+
+def test_a_loss_is_no_failure_of_the_units_that_are_computed_again():
+    schedule = Schedule(plan_units(2, 1), 3, merge=True)
+    for _ in range(2):
+        schedule.lost(until_merge(schedule))
+    work = schedule.take()
+    assert work is not None
+    schedule.failed(work[0], "its first failure")
+    schedule.done(until_merge(schedule), "sum")
+    assert schedule.finished
+
+
+def test_sums_that_are_lost_again_and_again_stop_the_run_and_blame_no_data():
+    schedule = Schedule(plan_units(2, 1), 3, merge=True)
+    for _ in range(2):
+        schedule.lost(until_merge(schedule))
+    with pytest.raises(StoppedError, match=r"level 1, position 0.* lost 3 times.*[Rr]un again"):
+        schedule.lost(until_merge(schedule))
