@@ -1,3 +1,5 @@
+import json
+
 from fisher_ray.config import Config
 from fisher_ray.report import summarise
 from tests.test_config import minimal
@@ -76,3 +78,45 @@ def test_the_probe_beside_a_logistic_model_is_logistic():
     results, _ = summarise(config, stages(), {}, {})
 
     assert (results["accuracy"]["linear_probe"], results["accuracy"]["linear_probe_ridge"]) == (0.655, 0.64)
+
+
+def test_a_time_that_was_asked_for_is_not_called_the_same():
+    config = Config.from_dict(minimal(trained_on={"seconds": 90.0}))
+    _, details = summarise(config, stages(), {}, {})
+
+    assert "the base network trained on for 90 s (" in details["verdict"]
+
+
+def test_a_network_without_a_hidden_layer_is_compared_without_a_probe():
+    made = stages()
+    made["report"]["result"]["correct"] = {"base": 710, "fisher_linear": 710}
+    del made["trained_on"]
+    results, details = summarise(Config.from_dict(minimal()), made, {}, {})
+
+    assert results["accuracy"]["linear_probe"] is None
+    assert details["verdict"] == (
+        "The linear model on Fisher features gets 71.0 % of 1,000 test samples right: 0.0 points above the base "
+        "network."
+    )
+
+
+def test_skipped_rows_are_listed_by_split_in_their_order():
+    skipped = {"shallow": {9: "torn", 2: "NaN"}, "test": {}}
+    _, details = summarise(Config.from_dict(minimal()), stages(), {}, skipped)
+
+    assert [(item["split"], item["row"]) for item in details["skipped"]] == [("shallow", 2), ("shallow", 9)]
+
+
+def test_one_score_a_sample_gives_as_many_features_as_the_rank():
+    config = Config.from_dict(minimal(scores={"labels": "sampled"}))
+
+    assert summarise(config, stages(), {}, {})[0]["num_features"] == 8
+
+
+def test_stages_that_took_no_time_have_finite_rates():
+    made = stages()
+    for record in made.values():
+        record["seconds"] = 0.0
+    results, _ = summarise(Config.from_dict(minimal()), made, {}, {})
+
+    assert json.loads(json.dumps(results, allow_nan=False)) == results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fisher_ray.errors import ModelError
+from fisher_ray.errors import ModelError, RequestError
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
 from fisher_ray.metric import LowRankMetric
 from fisher_ray.records import Batch
@@ -24,10 +24,13 @@ class FeatureMap:
 
     Raises:
         ModelError: if the metric belongs to another network, or the network cannot be used.
+        RequestError: if ``views`` is neither 1 nor 2.
     """
 
     def __init__(self, model: nn.Module, metric: LowRankMetric, views: int) -> None:
         """See the class."""
+        if views not in (1, 2):
+            raise RequestError(f"views {views} is not 1 or 2")
         self._metric, self._views = metric, views
         self._engine = ScoreEngine(model, metric.attributes.get("parameters", "*"))
         shapes = self._engine.block_shapes
@@ -39,7 +42,21 @@ class FeatureMap:
                 )
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None."""
+        """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.
+
+        Raises:
+            RequestError: if vectors are to be mirrored.
+        """
+        if self._views == 2 and inputs.ndim < 3:
+            shape = tuple(inputs.shape[1:])
+            raise RequestError(f"views 2 mirrors pictures, and a sample has shape {shape}. Give views=1.")
+        if not len(inputs):
+            made, logits, hidden = self(inputs.new_zeros(1, *inputs.shape[1:]))
+            return made[:0], logits[:0], None if hidden is None else hidden[:0]
+        with torch.inference_mode(False):  # scores need the graph that the mode would leave out
+            return self._features(inputs.clone() if inputs.is_inference() else inputs)
+
+    def _features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         like = next(self._engine.model.parameters())
         compressor = KroneckerCompressor(self._metric.bases, like)
         blocks = [
@@ -63,4 +80,4 @@ def as_batch(inputs: Tensor, labels: Tensor | None, like: Tensor, start: int = 0
     """Return a batch of rows numbered from ``start``, on the device and in the dtype of ``like``."""
     index = torch.arange(start, start + len(inputs))
     labels = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
-    return Batch(inputs.to(like), labels.to(like.device), index)
+    return Batch(inputs.to(like), labels.to(like.device, torch.int64), index)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,7 +18,8 @@ from fisher_ray.data import Source, load_batches, plan_units
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
 from fisher_ray.linear import GramSum, LinearWeights, accuracy, fit_temperature, ridge_path
-from fisher_ray.metric import LowRankMetric, choose_bases, decompose, identity_bases
+from fisher_ray.linear.ridge import check_penalties
+from fisher_ray.metric import LowRankMetric, basis_arrays, choose_bases, decompose, identity_bases
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import feature_arrays, fisher_pass, kronecker_pass
 from fisher_ray.stages.shallow import score_rows, store_rows
@@ -77,9 +80,11 @@ def fit_metric(
     Raises:
         ModelError: if the network cannot be used.
         DataError: if the data gives no, or a non-finite, Fisher matrix.
-        RequestError: if an option is wrong, or ``data`` can be read only once.
+        RequestError: if an option is wrong, or ``data`` is no tensors or can be read only once.
     """
-    _check_options(data, dim, rank, labels=labels, compression=compression, estimator=estimator, structure=structure)
+    _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
+    _check_numbers(dim, rank, damping)
+    _check_data(data)
     engine, like = ScoreEngine(model, parameters), next(model.parameters())
     shapes = engine.block_shapes
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in shapes.values())
@@ -131,8 +136,9 @@ def write_features(
         model: the network that ``metric`` was fitted on.
         metric: what whitens.
         inputs: ``(N, ...)``.
-        url: a local path or ``s3://bucket/prefix``.
-        labels: int64 ``(N,)``; -1 is stored where there are none.
+        url: a local path or ``s3://bucket/prefix``; what is there already is kept if it was made of the same network,
+            metric, inputs and labels.
+        labels: integers ``(N,)``; -1 is stored where there are none.
         dtype: stored type.
         chunk_rows: rows of one chunk.
         codec: of the chunks.
@@ -140,18 +146,20 @@ def write_features(
 
     Raises:
         ModelError: as :func:`features`.
-        RequestError: if inputs and labels differ in length, or there are none.
+        RequestError: if inputs and labels differ in length, or there are none; or vectors are to be mirrored.
         StoreError: if ``url`` holds something else.
         StorageError: if it cannot be written.
     """
     labels = torch.full((len(inputs),), -1) if labels is None else labels
     if not len(inputs) or labels.shape != (len(inputs),):
         raise RequestError(f"inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)} are not (N, …) and (N,)")
+    _check_integers(labels)
     mapping = FeatureMap(model, metric, views)
     sample, logits, hidden = mapping(inputs[:1])
     num_classes, width = logits.shape[1], None if hidden is None else hidden.shape[1]
     arrays = feature_arrays(sample.shape[2], num_classes, num_classes, width, dtype, metric.feature_rms)
-    create_store(url, StoreSpec(len(inputs), chunk_rows, chunk_rows, codec, arrays, {"views": views, "labels": "all"}))
+    attributes = {"views": views, "labels": "all", "fingerprints": _fingerprints(model, metric, inputs, labels)}
+    create_store(url, StoreSpec(len(inputs), chunk_rows, chunk_rows, codec, arrays, attributes))
     done, units = finished_units(url), plan_units(len(inputs), chunk_rows)
     for unit in units:
         if unit.index not in done:
@@ -194,12 +202,24 @@ def train_linear(
 
     Raises:
         DataError: if a label is missing, or no rows are left to choose the penalty on.
-        RequestError: if a penalty is not positive.
+        RequestError: if there is no penalty, one is not positive, ``validation`` is not a share, or the features were
+            made with the true labels.
         StoreError: if a chunk is missing or corrupt.
     """
+    if store.attributes.get("labels") == "true":
+        raise RequestError(
+            f"{store.url} holds features of true labels: a model on them would have seen each row's label, which new "
+            "rows lack. Write them with the scores of all classes."
+        )
+    check_penalties(penalties)
+    if not penalties or not 0 < validation < 1:
+        raise RequestError(
+            f"penalties {tuple(penalties)} are not at least one, or validation {validation} not in (0, 1)"
+        )
     rows = partial(store_rows, store, seed=seed, validation=validation, use_hidden=hidden)
-    first = next(rows("all"))
-    num_columns, num_classes = first["x"].shape[1], store.arrays["logits"].shape[1]
+    columns = ("features", "hidden") if hidden and "hidden" in store.arrays else ("features",)
+    num_columns = sum(math.prod(store.arrays[name].shape[1:]) for name in columns)
+    num_classes = store.arrays["logits"].shape[1]
     sums = {part: GramSum.zeros(num_columns, num_classes) for part in ("fit", "validation")}
     for part, total in sums.items():
         for block in rows(part):
@@ -219,7 +239,7 @@ def _batches(data: Data, labels: Labels, like: Tensor) -> Iterator[Batch]:
         return
     start = 0
     for item in [data] if isinstance(data, Tensor) else data:
-        inputs, targets = (item, None) if isinstance(item, Tensor) else (item[0], item[1])
+        inputs, targets = _inputs_and_labels(item)
         if targets is None and labels == "true":
             raise RequestError("labels 'true' needs batches of (inputs, labels); these are inputs alone")
         for place in range(0, len(inputs), MICRO_BATCH):
@@ -228,11 +248,55 @@ def _batches(data: Data, labels: Labels, like: Tensor) -> Iterator[Batch]:
             start += len(inputs[part])
 
 
-def _check_options(data: Data, dim: int, rank: int | None, **choices: str) -> None:
+def _inputs_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
+    parts = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, tuple | list) else []
+    if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
+        given = f"{type(item).__name__} of {', '.join(type(part).__name__ for part in parts)}" if parts else type(item)
+        raise RequestError(
+            f"a batch of data is {given}. Give a tensor of inputs, or a pair of tensors (inputs, labels)."
+        )
+    if len(parts) == 2:
+        _check_integers(parts[1])
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _check_integers(labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise RequestError(f"labels are {labels.dtype}. Give integers.")
+
+
+def _check_choices(**choices: str) -> None:
     for name, value in choices.items():
         if value not in (known := get_args(_CHOICES[name])):
             raise RequestError(f"{name} {value!r} is not one of {', '.join(known)}")
+
+
+def _check_numbers(dim: int, rank: int | None, damping: float | str) -> None:
     if dim <= 0 or (rank is not None and rank <= 0):
         raise RequestError(f"dim {dim} and rank {rank} are not both positive")
+    if damping != "auto" and (isinstance(damping, str) or not 0 <= damping < math.inf):
+        raise RequestError(f"damping {damping!r} is not auto or a number >= 0")
+
+
+def _check_data(data: Any) -> None:
     if isinstance(data, Iterator):
         raise RequestError("data can be read only once, and is needed twice. Give a tensor, a list or a data loader.")
+    if not isinstance(data, Source | Iterable):
+        raise RequestError(f"data is {type(data).__name__}. Give a tensor, an iterable of batches or a source.")
+
+
+def _fingerprints(model: nn.Module, metric: LowRankMetric, inputs: Tensor, labels: Tensor) -> dict[str, str]:
+    bases = {name: torch.from_numpy(value) for name, value in basis_arrays(metric.bases).items()}
+    return {
+        "model": _digest(model.state_dict()),
+        "metric": _digest({**bases, "whitening": metric.whitening}),
+        "data": _digest({"inputs": inputs, "labels": labels}),
+    }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

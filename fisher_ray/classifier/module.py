@@ -16,9 +16,9 @@ from fisher_ray.errors import ModelError, StoreError
 from fisher_ray.journal import read_run
 from fisher_ray.linear import LinearWeights
 from fisher_ray.metric import LowRankMetric, bases_from, basis_arrays
-from fisher_ray.stages.networks import build_network, load_state
+from fisher_ray.stages.networks import load_state
 from fisher_ray.stages.shallow import load_weights
-from fisher_ray.stages.workbench import BASE_FILE
+from fisher_ray.stages.workbench import base_network
 from fisher_ray.storage import Storage
 
 SCHEMA = 1
@@ -59,12 +59,11 @@ class FisherClassifier(nn.Module):
 
         Raises:
             ConfigError: if ``url`` is no run folder.
-            StoreError: if metric or linear model are missing or damaged.
+            StoreError: if base network, metric or linear model are missing or damaged.
         """
         storage = Storage(url)
         config = Config.from_dict(read_run(storage)["config"])
-        model = build_network(config.model, config.seed)
-        load_state(model, safetensors.torch.load(storage.read_bytes(BASE_FILE)), f"{url}/{BASE_FILE}")
+        model = base_network(config, storage)
         place = url.rstrip("/")
         weights = load_weights(f"{place}/linear/weights.zarr")
         return cls(model, LowRankMetric.load(f"{place}/metric.zarr"), weights, views=config.linear.views)
@@ -159,10 +158,11 @@ def _place(url: str) -> tuple[Storage, str]:
 def _unpack(raw: bytes, url: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         size = int.from_bytes(raw[:8], "little")
-        rest = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"][_METADATA])
+        rest = dict(json.loads(json.loads(raw[8 : 8 + size])["__metadata__"][_METADATA]))
+        schema = rest["schema"]
         tensors = safetensors.torch.load(raw)
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StoreError(f"{url} is not a file of FisherClassifier.save: {type(error).__name__}: {error}") from error
-    if rest.get("schema") != SCHEMA:
-        raise StoreError(f"{url} has schema {rest.get('schema')}, this program reads {SCHEMA}")
+    if schema != SCHEMA:
+        raise StoreError(f"{url} has schema {schema}, this program reads {SCHEMA}")
     return tensors, rest

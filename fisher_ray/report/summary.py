@@ -51,7 +51,7 @@ def summarise(
         },
     }
     details = {
-        "verdict": verdict(results, trained_on),
+        "verdict": verdict(results, trained_on, _trained_for(config)),
         "eigvals": metric["eigvals"],
         "damping": metric["damping"],
         "path": linear["path"],
@@ -70,20 +70,31 @@ def _seconds(stages: Stages, name: str) -> float:
     return float(sum(stages.get(part, {}).get("seconds", 0.0) for part in _SHARED.get(name, (name,))))
 
 
-def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any]) -> str:
+def _trained_for(config: Config) -> str:
+    seconds = "auto" if config.trained_on is None else config.trained_on.seconds
+    return "the same time" if seconds == "auto" else f"{seconds:g} s"
+
+
+def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any], trained_for: str) -> str:
     """Say in a sentence how the linear model on Fisher features compares.
 
     Args:
         results: the content of ``results.json``.
         trained_on: what training on ended with: ``epochs``, and ``correct`` None if it diverged.
+        trained_for: how long that was, in words.
     """
     accuracy = results["accuracy"]
     own = accuracy["fisher_linear"]
     probes = [key for key in accuracy if key.startswith("linear_probe") and accuracy[key] is not None]
     best_probe = max(probes, key=lambda key: float(accuracy[key]), default="linear_probe")
+    names = {
+        "base": "base network",
+        best_probe: "best linear probe",
+        "trained_on": f"base network trained on for {trained_for}",
+    }
     others = [
-        f"{100 * abs(own - accuracy[key]):.1f} points {'above' if own >= accuracy[key] else 'below'} the {_name(key)}"
-        for key in ("base", best_probe, "trained_on")
+        f"{100 * abs(own - accuracy[key]):.1f} points {'above' if own >= accuracy[key] else 'below'} the {name}"
+        for key, name in names.items()
         if accuracy.get(key) is not None
     ]
     text = f"The linear model on Fisher features gets {100 * own:.1f} % of {results['num_test']:,} test samples right"
@@ -91,13 +102,6 @@ def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any]) -> str:
     if accuracy.get("trained_on") is not None:
         return f"{text} ({trained_on['epochs']:.1f} passes over the same data)."
     return f"{text}. Training the base network on diverged." if trained_on else f"{text}."
-
-
-_NAMES = {"base": "base network", "trained_on": "base network trained on for the same time"}
-
-
-def _name(key: str) -> str:
-    return _NAMES.get(key, "best linear probe")
 
 
 def _listed(parts: list[str]) -> str:

@@ -270,7 +270,7 @@ class Pool:
                 self._note(f"a piece of work failed on {member.place} and is tried again: {reason(error)}")
         except ray.exceptions.RayError as error:  # died, killed for memory, its node gone
             self._bury(member, error)
-            schedule.failed(node, f"the worker on {member.place} died: {reason(error)}")
+            schedule.died(node, f"on {member.place}, {reason(error)}")
         else:
             schedule.done(node, arrays)
             if receipt is not None and on_receipt is not None:

@@ -110,6 +110,22 @@ class Schedule:
         if node.level == 0:
             self._queue.appendleft(node)
 
+    def died(self, node: Node, reason: str) -> None:
+        """Put a piece of work back whose worker died, which is no failure of its own as far as one can tell.
+
+        Raises:
+            WorkersLostError: if that happened ``max_attempts`` times.
+        """
+        self._running.discard(node)
+        self._losses[node] += 1
+        if self._losses[node] >= self._max_attempts:
+            raise WorkersLostError(
+                f"{self._name(node)} lost its worker {self._losses[node]} times; the last time: {reason}. If machines "
+                "come and go, run again to resume; if not, look at the workers' memory."
+            )
+        if node.level == 0:
+            self._queue.appendleft(node)
+
     def lost(self, node: Node) -> list[Unit]:
         """Take note that a merge's inputs are gone: their units are computed again, which is no failure of theirs.
 

@@ -68,7 +68,13 @@ class Worker:
         return replace(receipt, worker=str(self.ready())), arrays
 
     def merge(self, left: Arrays, right: Arrays) -> tuple[None, Arrays]:
-        """Add two results."""
+        """Add two results.
+
+        Raises:
+            ValueError: if they hold different sums, of which none may be dropped.
+        """
+        if left.keys() != right.keys():
+            raise ValueError(f"sums of {sorted(left)} do not merge with sums of {sorted(right)}")
         return None, {name: value + right[name] for name, value in left.items()}
 
     def solo(self, task: Callable[..., Any], threads: int, inputs: list[Any], options: dict[str, Any]) -> Iterator[Any]:

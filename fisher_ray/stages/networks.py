@@ -83,6 +83,10 @@ def load_state(model: nn.Module, state: Any, what: str) -> None:
 
 
 def network_bytes(model: nn.Module) -> bytes:
-    """Return the state dict as safetensors."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    """Return the state dict as safetensors; a tensor that has several names is written under each."""
+    state, places = {}, set[int]()
+    for name, value in model.state_dict().items():
+        kept = value.detach().cpu().contiguous()
+        state[name] = kept.clone() if kept.data_ptr() in places else kept
+        places.add(kept.data_ptr())
     return bytes(safetensors.torch.save(state))

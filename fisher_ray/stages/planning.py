@@ -69,6 +69,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     }
     num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
     arrays = 4 if facts.hidden is None else 5
+    metadata = 2 * (arrays + 2)  # of each array and the group, and the seal, in both stores
     chunks = sum(-(-facts.num_rows[split] // config.store.chunk_rows) for split in ("shallow", "test"))
     return {
         "output": config.output,
@@ -80,13 +81,14 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
         "units": units,
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
         "feature_bytes": num_rows * features * (2 if config.store.dtype == "float16" else 4),
-        "feature_objects": arrays * chunks + units["features/train"] + units["features/test"],
+        "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
         "seconds_of_scores": _seconds(config, facts),
     }
 
 
 def _dim(config: Config, facts: Facts) -> int:
-    return facts.num_parameters if config.compression.kind == "identity" else config.compression.dim
+    num_parameters = facts.num_parameters
+    return num_parameters if config.compression.kind == "identity" else min(config.compression.dim, num_parameters)
 
 
 def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> dict[str, int]:
@@ -117,7 +119,8 @@ def _seconds(config: Config, facts: Facts) -> dict[str, float]:
 def _seconds_a_sample(config: Config, facts: Facts, threads: int) -> float:
     engine = ScoreEngine(build_network(config.model, config.seed), config.scores.parameters)
     size, before = config.runtime.micro_batch, torch.get_num_threads()
-    batch = Batch(torch.randn(size, *facts.input_shape), torch.zeros(size, dtype=torch.int64), torch.arange(size))
+    inputs = torch.randn(size, *facts.input_shape, generator=torch.Generator().manual_seed(0))
+    batch = Batch(inputs, torch.zeros(size, dtype=torch.int64), torch.arange(size))
     torch.set_num_threads(threads)
     try:
         seconds = []

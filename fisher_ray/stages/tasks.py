@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fisher_ray.errors import DataError
 from fisher_ray.metric import LowRankMetric, bases_from, basis_arrays, choose_bases, decompose, identity_bases
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages import shallow
 from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
 from fisher_ray.stages.training import clean_batches
 from fisher_ray.stages.workbench import Workbench
-from fisher_ray.store import load_arrays, save_arrays, write_unit
+from fisher_ray.store import load_arrays, open_features, save_arrays, write_unit
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,6 +24,10 @@ def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, 
     start, skipped = time.monotonic(), dict[int, str]()
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
     sums = kronecker_pass(bench.engine, batches, bench.config.scores.labels, bench.config.seed)
+    for name, (num_outputs, num_inputs) in bench.facts.block_shapes.items():
+        if f"{name}:positions" not in sums:  # every row was skipped, but all units' sums have to have the same names
+            sums[f"{name}:inputs"], sums[f"{name}:outputs"] = np.zeros((num_inputs,) * 2), np.zeros((num_outputs,) * 2)
+            sums[f"{name}:positions"] = np.zeros(())
     return _receipt(bench, unit, attempt, start, skipped), sums
 
 
@@ -38,11 +41,7 @@ def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arr
 
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
-    """Write a unit's features of ``split`` to the store ``features/<name>.zarr``.
-
-    Raises:
-        DataError: if no row of the unit can be used.
-    """
+    """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
     start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     parts: dict[str, list[np.ndarray]] = {}
     for batch in clean_batches(bench, split, range(unit.start, unit.stop), skipped):
@@ -58,13 +57,17 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
         arrays = {"features": made, "logits": logits, "labels": batch.labels, "index": batch.index}
         for key, value in {**arrays, **({"hidden": hidden} if hidden is not None else {})}.items():
             parts.setdefault(key, []).append(value.cpu().numpy())
-    if not parts:
-        raise DataError(f"no row of unit {unit.index} [{unit.start}, {unit.stop}) of data.{split} can be used")
-    computed = time.monotonic()
-    joined = {key: np.concatenate(values) for key, values in parts.items()}
-    num_bytes = write_unit(bench.url(f"features/{name}.zarr"), unit, joined, attempt=attempt, skipped=skipped)
+    computed, url = time.monotonic(), bench.url(f"features/{name}.zarr")
+    joined = {key: np.concatenate(values) for key, values in parts.items()} or _no_rows(url)
+    num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=skipped)
     seconds = {"compute": computed - start, "write": time.monotonic() - computed}
     return Receipt(unit, attempt, seconds, num_bytes, str(bench.device), skipped=skipped), None
+
+
+def _no_rows(url: str) -> Arrays:
+    """Return a store's arrays without rows, for a unit whose rows are all skipped."""
+    layouts = open_features(url, allow_partial=True).arrays
+    return {name: np.empty((0, *layout.shape[1:]), layout.dtype) for name, layout in layouts.items()}
 
 
 def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
@@ -85,9 +88,14 @@ def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:
         ``layers``: name, shape and number of coordinates of each.
     """
     shapes = bench.facts.block_shapes
-    bases = choose_bases(sums[0], shapes, bench.config.compression.dim) if sums else identity_bases(shapes)
+    bases = choose_bases(_reached(sums[0]), shapes, bench.config.compression.dim) if sums else identity_bases(shapes)
     save_arrays(bench.url("basis.zarr"), basis_arrays(bases), {"kind": "basis", "blocks": list(bases)})
     return {"layers": [{"name": n, "shape": list(shapes[n]), "coordinates": len(b.pairs)} for n, b in bases.items()]}
+
+
+def _reached(sums: Arrays) -> Arrays:
+    """Leave out the blocks that no row's logits depend on."""
+    return {key: value for key, value in sums.items() if sums[f"{key.rpartition(':')[0]}:positions"] > 0}
 
 
 def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +114,8 @@ def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) 
     metric.save(bench.url("metric.zarr"))
     num_samples = float(sums["counts"].sum())
     digest = hashlib.sha256(eigvals.numpy().tobytes() + eigvecs.numpy().tobytes() + repr(damping).encode())
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
     return {
         "eigvals": eigvals.tolist(),
         "damping": damping,

@@ -54,7 +54,7 @@ def train_base(bench: Workbench) -> Iterator[dict[str, Any]]:
 
 
 def _keep_base(bench: Workbench, model: nn.Module) -> dict[str, str]:
-    if broken := [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]:
+    if broken := _not_finite(model):
         raise ModelError(f"training diverged: {broken[0]} holds NaN or infinity at the end. Lower base.lr.")
     raw = network_bytes(model)
     bench.storage.write_bytes(BASE_FILE, raw)
@@ -84,7 +84,7 @@ def train_on(bench: Workbench, *, seconds: float) -> Iterator[dict[str, Any]]:
     finally:
         batches.close()
     epochs = step * settings.batch_size / bench.facts.num_rows["shallow"]
-    if diverged or not math.isfinite(float(loss)):
+    if diverged or not math.isfinite(float(loss)) or _not_finite(model):
         yield {"steps": step, "epochs": epochs, "correct": None, "total": 0}
         return
     bench.storage.write_bytes("base/trained_on.safetensors", network_bytes(model))
@@ -154,6 +154,11 @@ def _step(model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, devi
     loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     return loss.detach()
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Return the names of what holds NaN or infinity: the last step may diverge after its loss was finite."""
+    return [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
 
 
 def _finite(loss: Tensor, step: int) -> float:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fisher_ray.config import Config
-from fisher_ray.data import Source, check_source, open_source
-from fisher_ray.errors import ConfigError, ModelError
+from fisher_ray.data import Source, check_source, load_batches, open_source
+from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
 from fisher_ray.metric import LowRankMetric, bases_from
+from fisher_ray.records import Batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
 from fisher_ray.storage import Storage
 from fisher_ray.store import load_arrays
@@ -24,6 +27,9 @@ SPLITS = ("train", "shallow", "test")
 MAX_IDENTITY = 16384
 """Parameters that ``compression.kind: identity`` takes at most: a dense matrix of them is 2 GB."""
 
+NUM_TRIED = 8
+"""Rows that the network is tried on, and how often it is tried on the first of them."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -31,7 +37,8 @@ class Facts:
 
     Attributes:
         num_rows: by split.
-        fingerprints: of the splits' data, and of the checkpoint or the untrained network.
+        fingerprints: of the splits' data, of the checkpoint or the untrained network, and of the first transformed
+            sample.
         input_shape: one sample's.
         num_classes: ``C``.
         hidden: width of the last hidden layer, or None.
@@ -77,9 +84,7 @@ class Workbench:
 
     def new_model(self) -> nn.Module:
         """Return a network of its own, with the base network's weights."""
-        model = build_network(self.config.model, self.config.seed)
-        load_state(model, safetensors.torch.load(self.storage.read_bytes(BASE_FILE)), self.url(BASE_FILE))
-        return model.to(self.device)
+        return base_network(self.config, self.storage).to(self.device)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -105,6 +110,25 @@ class Workbench:
     @property
     def _like(self) -> torch.Tensor:
         return torch.zeros((), device=self.device)
+
+
+def base_network(config: Config, storage: Storage) -> nn.Module:
+    """Return a run's network with the weights that its base stage wrote, in eval mode.
+
+    Raises:
+        StoreError: if there are none, or the file is damaged.
+        ModelError: if they do not fit the network.
+    """
+    url = f"{storage.url.rstrip('/')}/{BASE_FILE}"
+    try:
+        state = safetensors.torch.load(storage.read_bytes(BASE_FILE))
+    except FileNotFoundError:
+        raise StoreError(f"there is no {url}: the run has not come so far. Run it again.") from None
+    except (SafetensorError, ValueError) as error:
+        raise StoreError(f"{url} is damaged: {error}. Put it back, or start the run anew with --fresh.") from error
+    model = build_network(config.model, config.seed)
+    load_state(model, state, url)
+    return model
 
 
 def _open(config: Config, split: str) -> Source:
@@ -138,6 +162,9 @@ def inspect_request(config: Config) -> Facts:
     if config.base is not None:
         fingerprints["model"] = hashlib.sha256(repr(model).encode() + network_bytes(model)).hexdigest()
     logits, hidden = _try_network(model, engine, shape)
+    for batch in _first_rows(sources["shallow"], shape):
+        fingerprints["transformed"] = hashlib.sha256(batch.inputs[0].numpy().tobytes()).hexdigest()
+        _refuse_dependent_rows(model, batch.inputs)
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in engine.block_shapes.values())
@@ -161,9 +188,30 @@ def _try_network(model: nn.Module, engine: ScoreEngine, shape: tuple[int, ...]) 
     sample = torch.zeros(1, *shape)
     try:
         scores = engine.all_classes(sample)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except FisherRayError:
+        raise
+    except Exception as error:
         raise ModelError(
             f"the network fails on a sample of shape {shape}: {type(error).__name__}: {error}. "
             "Check data.transform against the network's input."
         ) from error
     return scores.logits.shape[1], None if scores.hidden is None else scores.hidden.shape[1]
+
+
+def _first_rows(source: Source, shape: tuple[int, ...]) -> Iterator[Batch]:
+    """Return the good ones of the first rows as one batch; none if none is good."""
+    rows = range(min(NUM_TRIED, len(source)))
+    return load_batches(source, rows, len(rows), num_classes=None, expected_shape=shape, on_error="skip")
+
+
+def _refuse_dependent_rows(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Refuse a network that puts itself into train mode, or calls dropout or batch statistics as functions."""
+    first = inputs[:1]
+    with torch.no_grad():
+        alone, together = model(first), model(torch.cat([*[first] * NUM_TRIED, inputs]))[:NUM_TRIED]
+    tolerance = 1e-3 * float(alone.nan_to_num().abs().max())
+    if not torch.allclose(together, alone.expand_as(together), rtol=0.0, atol=tolerance, equal_nan=True):
+        raise ModelError(
+            "the network's output for a sample depends on the other samples of its batch, or on chance: look for "
+            "dropout, batch statistics or a call of train() in its forward"
+        )

@@ -37,7 +37,7 @@ def test_every_stage_leaves_what_the_design_says(undisturbed):
     assert list(run["stages"]) == [*STAGES, "report"]
     assert all(record["sealed"] for record in run["stages"].values())
     assert run["config"]["compression"]["dim"] == 128
-    assert set(run["fingerprints"]) == {"train", "shallow", "test", "model"}
+    assert set(run["fingerprints"]) == {"train", "shallow", "test", "model", "transformed"}
     events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     units = [event for event in events if event["event"] == "unit done" and event["stage"] == "features/train"]
     assert sorted(event["unit"] for event in units) == [0, 1, 2, 3, 4]
@@ -105,6 +105,33 @@ def test_another_configuration_is_refused_and_fresh_starts_anew(undisturbed, tmp
     heard = Listening()
     pipeline.run(digits(tmp_path / "run", "metric.rank=32"), until="base", fresh=True, progress=heard)
     assert heard.stages == ["base"]
+
+
+def test_another_network_transform_or_base_is_refused(ray_session, tmp_path, monkeypatch):
+    (tmp_path / "halved.py").write_text(
+        "from pathlib import Path\n"
+        "from fisher_ray.models import digits_transform\n"
+        "def transform(image, generator):\n"
+        f"    return digits_transform(image, generator) / int(Path({str(tmp_path / 'divisor')!r}).read_text())\n"
+    )
+    (tmp_path / "divisor").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    config = digits(tmp_path / "run", "data.transform=halved:transform", "model.factory=fisher_ray.models:digits_mlp")
+    pipeline.run(config, until="base")
+
+    (tmp_path / "divisor").write_text("2")
+    with pytest.raises(ResumeMismatchError, match="fingerprint of transformed was"):
+        pipeline.run(config, until="metric")
+    (tmp_path / "divisor").write_text("1")
+    monkeypatch.setattr("fisher_ray.models.digits_mlp", lambda: fisher_ray.models.mlp((64, 33, 10)))
+    with pytest.raises(ResumeMismatchError, match="fingerprint of model was"):
+        pipeline.run(config, until="metric")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "run" / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(ModelError, match="is not the network that this run was begun with"):
+        pipeline.run(config, until="metric")
 
 
 def test_a_foreign_folder_is_refused_even_with_fresh(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisher_ray.data import plan_units
-from fisher_ray.errors import DataError, StoppedError
+from fisher_ray.errors import DataError, StoppedError, WorkersLostError
 from fisher_ray.runtime.schedule import Node, Schedule
 
 
@@ -176,6 +176,9 @@ def test_a_single_lost_side_takes_nothing_else_with_it():
     schedule.done(Node(0, 4), "kept")
     assert schedule._results == {Node(0, 4): "kept"}
     assert not schedule.finished
+    again = [schedule.take() for _ in range(5)]
+    assert sorted(work[0].position for work in again[:4]) == [0, 1, 2, 3]  # before the units that are new
+    assert again[4] == (Node(0, 5), 1)
 
 
 def test_a_last_result_that_had_moved_up_is_lost_down_to_its_unit():
@@ -213,3 +216,16 @@ def test_sums_that_are_lost_again_and_again_stop_the_run_and_blame_no_data():
         schedule.lost(until_merge(schedule))
     with pytest.raises(StoppedError, match=r"level 1, position 0.* lost 3 times.*[Rr]un again"):
         schedule.lost(until_merge(schedule))
+
+
+def test_a_worker_that_dies_is_no_failure_of_the_unit_and_too_many_are_lost_workers():
+    schedule = Schedule(plan_units(8, 8), 3, merge=False)
+    for _ in range(2):
+        node, _ = schedule.take()
+        schedule.failed(node, "torn")
+        node, _ = schedule.take()
+        schedule.died(node, "preempted")
+    node, attempt = schedule.take()
+    assert attempt == 5
+    with pytest.raises(WorkersLostError, match=r"unit 0 with rows \[0, 8\) lost its worker 3 times; .*: preempted"):
+        schedule.died(node, "preempted")

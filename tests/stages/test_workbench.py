@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from fisher_ray.errors import ConfigError, DataError, ModelError
 from fisher_ray.models import digits_mlp
-from fisher_ray.stages import inspect_request
+from fisher_ray.stages import Workbench, inspect_request
+from fisher_ray.stages.training import train_base
 from tests.integration.runs import digits
 
 MODULE = """
@@ -31,15 +32,47 @@ def no_network():
 def broken():
     raise OSError("no weights here")
 
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+        self.norm = nn.BatchNorm2d(1, affine=False)
+
+class Turning(Net):
+    def forward(self, x):
+        self.train()
+        return self.fc(self.norm(x).flatten(1))
+
+class Chance(Net):
+    def forward(self, x):
+        return nn.functional.dropout(self.fc(x.flatten(1)))
+
+class Mixing(Net):
+    def forward(self, x):
+        return self.fc(x.flatten(1)) - self.fc(x.flatten(1)).mean(0)
+
+class Broken(Net):
+    def forward(self, x):
+        return self.missing(x)
+
+class Positions(Net):
+    def forward(self, x):
+        return self.fc(x.flatten(1))[:, None]
+
+def turning_factory():
+    return Turning().train()
+
+def twice():
+    layer = nn.Linear(64, 64)
+    return nn.Sequential(nn.Flatten(), layer, nn.Tanh(), layer, nn.Linear(64, 10))
+
 def vectors(split):
-    return [(picture.reshape(-1), label) for picture, label in (digits(split)[i] for i in range(300))]
+    part = digits(split)
+    return [(part[i][0].reshape(-1), part[i][1]) for i in range(300)]
 
 def plain(x, generator):
     return torch.as_tensor(x)
 """
-
-
-VECTORS = "data.test={format: torch, factory: 'user_code:vectors', kwargs: {split: test}}"
 
 
 @pytest.fixture
@@ -60,6 +93,16 @@ def user_code(tmp_path, monkeypatch):
         (["model.factory=user_code:broken"], ModelError, "raised OSError: no weights here"),
         (["model.factory=user_code:attention"], ModelError, r"layer '2' \(LayerNorm\).*supported: .*Linear"),
         (["model.factory=user_code:batch_norm"], ModelError, r"layer '2' \(Norm\) is in train mode"),
+        (["model.factory=user_code:Turning"], ModelError, r"depends on the other samples .*train\(\)"),
+        (["model.factory=user_code:turning_factory"], ModelError, "depends on the other samples"),
+        (["model.factory=user_code:Chance"], ModelError, "depends on .*chance"),
+        (["model.factory=user_code:Mixing"], ModelError, "depends on the other samples"),
+        (
+            ["model.factory=user_code:Broken"],
+            ModelError,
+            r"fails on a sample of shape \(1, 8, 8\): AttributeError.*missing",
+        ),
+        (["model.factory=user_code:Positions"], ModelError, r"output is \(1, 1, 10\), not logits of shape \(B, C\)"),
         (["scores.parameters=head.*"], ModelError, r"no parameter of the network matches scores.parameters 'head"),
         (["data.test.kwargs={split: none}"], ConfigError, "no split 'none'"),
         (["data.transform=user_code:nothing"], ConfigError, r"data\.transform"),
@@ -146,3 +189,58 @@ def test_the_facts_are_those_of_data_and_network(tmp_path):
     assert (facts.input_shape, facts.num_classes, facts.hidden) == ((1, 8, 8), 10, 32)
     assert facts.block_shapes == {"fc0": (32, 65), "fc1": (10, 33)}
     assert facts.num_parameters == sum(p.numel() for p in digits_mlp().parameters())
+
+
+def test_what_a_glob_leaves_out_need_not_be_supported(user_code, tmp_path):
+    facts = inspect_request(digits(tmp_path, "model.factory=user_code:attention", "scores.parameters=1.*").located())
+
+    assert facts.block_shapes == {"1": (10, 65)}
+
+
+def test_a_layer_that_stands_at_two_places_is_one(user_code, tmp_path):
+    config = digits(tmp_path, "model.factory=user_code:twice", "base.steps=1").located()
+    bench = Workbench(config, inspect_request(config))
+    assert bench.facts.block_shapes == {"1": (64, 65), "4": (10, 65)}
+
+    list(train_base(bench))
+    assert torch.equal(bench.model[1].weight, bench.model[3].weight)
+
+
+def test_another_checkpoint_has_another_fingerprint(tmp_path):
+    found = []
+    for number in range(2):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({name: value + number for name, value in digits_mlp().state_dict().items()}, path)
+        found.append(inspect_request(digits(tmp_path, "base=null", f"model.checkpoint={path}").located()).fingerprints)
+
+    assert found[0]["checkpoint"] != found[1]["checkpoint"]
+    assert {name: found[0][name] for name in ("shallow", "test")} == {
+        name: found[1][name] for name in ("shallow", "test")
+    }
+    assert "train" not in found[0]
+
+
+def test_under_skip_bad_first_rows_are_no_reason_to_refuse(tmp_path):
+    inputs, labels = np.random.default_rng(0).random((300, 8, 8), np.float32), np.arange(300) % 10
+    inputs[:20], labels[250] = np.nan, 10
+    np.savez(tmp_path / "d.npz", inputs=inputs, labels=labels)
+    overrides = [f"data.shallow={{format: numpy, path: {tmp_path / 'd.npz'}}}"]
+
+    with pytest.raises(DataError, match=r"data\.shallow row 0"):
+        inspect_request(digits(tmp_path, *overrides).located())
+    facts = inspect_request(digits(tmp_path, *overrides, "data.on_error=skip").located())
+    assert facts.num_rows["shallow"] == 300
+
+
+def test_a_workbench_makes_networks_of_their_own_with_the_bases_weights(tmp_path):
+    config = digits(tmp_path, "base.steps=2").located()
+    bench = Workbench(config, inspect_request(config))
+    list(train_base(bench))
+
+    one, other = bench.new_model(), bench.new_model()
+    assert one is not other
+    assert not one.training
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+        assert value.data_ptr() != other.state_dict()[name].data_ptr()
+    assert bench.url("metric.zarr") == f"{tmp_path}/metric.zarr"
