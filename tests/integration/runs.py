@@ -12,7 +12,8 @@ from fisher_ray.config import Config
 from fisher_ray.records import Receipt, SilentProgress
 
 DEMO = Path(fisher_ray.__file__).with_name("demo.yaml")
-QUICK = ("base.steps=60", "compression.dim=128", "metric.rank=64", "trained_on.seconds=0.2")
+QUICK = ("base.steps=60", "compression.dim=128", "metric.rank=64", "trained_on.seconds=0.2", "runtime.num_workers=1")
+"""Small, and with one worker, whose start costs the most: tests of several say so."""
 
 
 class Listening(SilentProgress):
