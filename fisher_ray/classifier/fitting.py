@@ -17,7 +17,7 @@ from fisher_ray.config import LinearConfig
 from fisher_ray.data import Source, load_batches, plan_units
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
-from fisher_ray.linear import GramSum, LinearWeights, accuracy, fit_temperature, ridge_path
+from fisher_ray.linear import GramSum, LinearWeights, best_penalty, fit_temperature, ridge_path
 from fisher_ray.linear.ridge import check_penalties
 from fisher_ray.metric import LowRankMetric, basis_arrays, choose_bases, decompose, identity_bases
 from fisher_ray.records import Batch
@@ -225,7 +225,7 @@ def train_linear(
         for block in rows(part):
             total.add(block["x"], block["labels"])
     scores, labels = score_rows(rows("validation"), "x", ridge_path(sums["fit"], penalties))
-    best = max(range(len(penalties)), key=lambda place: (accuracy(scores[place], labels), penalties[place]))
+    best, _ = best_penalty(penalties, scores, labels)
     sums["fit"].merge(sums["validation"])
     model = ridge_path(sums["fit"], [penalties[best]])[0]
     return replace(model, temperature=fit_temperature(scores[best], labels))

@@ -1,9 +1,9 @@
 """Linear models from mergeable sums: ridge in closed form, preconditioned logistic regression, accuracy."""
 
 from fisher_ray.linear.lbfgs import Minimum, minimise
-from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, preconditioner
+from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, preconditioner, sum_gradients
 from fisher_ray.linear.ridge import LinearWeights, ridge_path
-from fisher_ray.linear.scoring import accuracy, fit_temperature, wilson_interval
+from fisher_ray.linear.scoring import accuracy, best_penalty, fit_temperature, wilson_interval
 from fisher_ray.linear.sums import GramSum, select_columns, standardise
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Minimum",
     "Preconditioner",
     "accuracy",
+    "best_penalty",
     "fit_temperature",
     "loss_and_gradient",
     "minimise",
@@ -19,5 +20,6 @@ __all__ = [
     "ridge_path",
     "select_columns",
     "standardise",
+    "sum_gradients",
     "wilson_interval",
 ]

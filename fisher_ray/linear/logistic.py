@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -122,3 +123,25 @@ def loss_and_gradient(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -
     residual = logs.exp() - onehot
     gradient = residual.to(x.dtype).T @ x
     return -float((onehot * logs).sum()), gradient.double().cpu(), residual.sum(0).cpu()
+
+
+def sum_gradients(
+    blocks: Iterable[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor
+) -> tuple[int, float, Tensor, Tensor]:
+    """Add :func:`loss_and_gradient` over blocks of features ``(B, F)`` and labels ``(B,)``.
+
+    Returns:
+        The number of rows, the loss, and the gradients ``(C, F)`` and ``(C,)``, float64, on the CPU.
+
+    Raises:
+        DataError: as :func:`loss_and_gradient`.
+    """
+    rows, loss = 0, 0.0
+    by_weight = torch.zeros(weight.shape, dtype=torch.float64)
+    by_bias = torch.zeros(bias.shape, dtype=torch.float64)
+    for x, labels in blocks:
+        more, d_weight, d_bias = loss_and_gradient(x, labels, weight, bias)
+        rows, loss = rows + len(labels), loss + more
+        by_weight += d_weight
+        by_bias += d_bias
+    return rows, loss, by_weight, by_bias

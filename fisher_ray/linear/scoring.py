@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,21 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     if bool(scores.isnan().any()):
         raise DataError("a score is NaN: look at the features and the model's weights")
     return int((scores.argmax(1) == labels.to(scores.device)).sum()) / len(labels)
+
+
+def best_penalty(penalties: Sequence[float], scores: Sequence[Tensor], labels: Tensor) -> tuple[int, list[float]]:
+    """Return the position of the penalty whose model is the most accurate, of equals the largest, and all accuracies.
+
+    Args:
+        penalties: of the models.
+        scores: of each model, ``(N, C)``, on rows that it was not fitted on.
+        labels: int64 ``(N,)``.
+
+    Raises:
+        DataError: as :func:`accuracy`.
+    """
+    accuracies = [accuracy(values, labels) for values in scores]
+    return max(range(len(penalties)), key=lambda place: (accuracies[place], penalties[place])), accuracies
 
 
 def fit_temperature(scores: Tensor, labels: Tensor) -> float:

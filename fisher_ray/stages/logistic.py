@@ -22,11 +22,11 @@ from fisher_ray.linear import (
     LinearWeights,
     Minimum,
     Preconditioner,
-    accuracy,
+    best_penalty,
     fit_temperature,
-    loss_and_gradient,
     minimise,
     preconditioner,
+    sum_gradients,
 )
 from fisher_ray.records import Unit
 from fisher_ray.stages import shallow
@@ -202,13 +202,10 @@ class _Share:
 
 def _sum_gradient(bench: Workbench, store: FeatureStore, unit: Unit, order: Order) -> Tensor:
     """Return rows, loss, gradient in the weight and in the bias, one after the other: float64 ``(2 + C · F + C,)``."""
-    total = torch.zeros(2 + order.weight.numel() + order.bias.numel(), dtype=torch.float64)
-    for block in shallow.linear_rows(bench, store, order.part, range(unit.start, unit.stop)):
-        x, labels = block["x"].to(bench.device), block["labels"]
-        loss, by_weight, by_bias = loss_and_gradient(x, labels, order.weight, order.bias)
-        head = torch.tensor([len(labels), loss], dtype=torch.float64)
-        total += torch.cat([head, by_weight.reshape(-1), by_bias])
-    return total
+    read = shallow.linear_rows(bench, store, order.part, range(unit.start, unit.stop))
+    blocks = ((block["x"].to(bench.device), block["labels"]) for block in read)
+    rows, loss, by_weight, by_bias = sum_gradients(blocks, order.weight, order.bias)
+    return torch.cat([torch.tensor([rows, loss], dtype=torch.float64), by_weight.reshape(-1), by_bias])
 
 
 def _score(bench: Workbench, store: FeatureStore, unit: Unit, order: Order) -> Tensor:
@@ -248,8 +245,7 @@ class _Leader:
     def run(self) -> dict[str, Any]:
         fits = self._fit_path()
         scores, labels = self._validate([fit.model for fit in fits])
-        accuracies = [accuracy(values, labels) for values in scores]
-        best = max(range(len(fits)), key=lambda place: (accuracies[place], fits[place].model.penalty))
+        best, accuracies = best_penalty([fit.model.penalty for fit in fits], scores, labels)
         penalty, temperature = fits[best].model.penalty, fit_temperature(scores[best], labels)
         sums = _load_sums(self._bench, "all")
         final = self._fit(sums, penalty, "all", fits[best].raw)

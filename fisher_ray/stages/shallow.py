@@ -15,12 +15,12 @@ from fisher_ray.gradients import keyed_uniform
 from fisher_ray.linear import (
     GramSum,
     LinearWeights,
-    accuracy,
+    best_penalty,
     fit_temperature,
-    loss_and_gradient,
     minimise,
     preconditioner,
     ridge_path,
+    sum_gradients,
 )
 from fisher_ray.records import Unit
 from fisher_ray.stages.planning import num_columns
@@ -114,12 +114,9 @@ def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, An
     penalties = bench.config.linear.penalties
     models = ridge_path(GramSum.from_arrays(fit), penalties)
     scores, labels = score_rows(linear_rows(bench, train_store(bench), "validation"), "x", models)
-    path = [
-        {"penalty": penalty, "accuracy": accuracy(values, labels)}
-        for penalty, values in zip(penalties, scores, strict=True)
-    ]
-    best = max(range(len(path)), key=lambda place: (path[place]["accuracy"], penalties[place]))
-    chosen = {"penalty": penalties[best], "validation": path[best]["accuracy"]}
+    best, accuracies = best_penalty(penalties, scores, labels)
+    path = [{"penalty": p, "accuracy": share} for p, share in zip(penalties, accuracies, strict=True)]
+    chosen = {"penalty": penalties[best], "validation": accuracies[best]}
     return {"path": path, **chosen, "temperature": fit_temperature(scores[best], labels)}
 
 
@@ -176,8 +173,7 @@ def fit_probe(bench: Workbench) -> dict[str, Any]:
     for kind, path in paths.items():
         models = path(fit, "fit", penalties)
         scores, labels = score_rows(hidden_rows(bench, store, "validation"), "x", models)
-        accuracies = [accuracy(values, labels) for values in scores]
-        best = max(range(len(penalties)), key=lambda place: (accuracies[place], penalties[place]))
+        best, accuracies = best_penalty(penalties, scores, labels)
         save_weights(bench, f"probe-{kind}", path(everything, "all", [penalties[best]])[0])
         chosen[kind] = {"penalty": penalties[best], "validation": accuracies[best]}
     return chosen
@@ -194,11 +190,8 @@ def _fit_logistic(bench: Workbench, store: FeatureStore, sums: GramSum, penalty:
     coordinates = preconditioner(sums, penalty)
 
     def evaluate(params: Tensor) -> tuple[float, Tensor]:
-        weight, bias = coordinates.raw(params)
-        loss, by_weight, by_bias = 0.0, torch.zeros_like(weight), torch.zeros_like(bias)
-        for block in hidden_rows(bench, store, part):
-            more, d_weight, d_bias = loss_and_gradient(block["x"], block["labels"], weight, bias)
-            loss, by_weight, by_bias = loss + more, by_weight + d_weight, by_bias + d_bias
+        blocks = ((block["x"], block["labels"]) for block in hidden_rows(bench, store, part))
+        _, loss, by_weight, by_bias = sum_gradients(blocks, *coordinates.raw(params))
         return coordinates.objective(params, loss, by_weight, by_bias)
 
     found = minimise(evaluate, coordinates.start(), bench.config.linear.max_steps, 1e-3)

@@ -3,7 +3,7 @@ import torch
 from scipy.stats import binomtest
 
 from fisher_ray.errors import DataError
-from fisher_ray.linear import accuracy, wilson_interval
+from fisher_ray.linear import accuracy, best_penalty, wilson_interval
 
 
 def test_accuracy_is_the_share_of_rows_whose_largest_score_is_their_labels():
@@ -34,3 +34,11 @@ def test_wilsons_interval_is_scipys(correct, n):
 def test_what_is_not_a_share_has_no_interval(correct, n):
     with pytest.raises(DataError, match="is not a share"):
         wilson_interval(correct, n)
+
+
+def test_the_most_accurate_penalty_is_chosen_and_of_equals_the_largest():
+    labels = torch.tensor([0, 1, 1])
+    right, one_wrong = torch.eye(2)[labels], torch.eye(2)[torch.tensor([0, 1, 0])]
+
+    assert best_penalty([0.1, 10.0, 1.0], [right, one_wrong, right], labels) == (2, [1.0, pytest.approx(2 / 3), 1.0])
+    assert best_penalty([3.0, 1.0], [right, right], labels)[0] == 0

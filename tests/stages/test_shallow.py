@@ -164,12 +164,6 @@ def test_the_penalty_is_the_best_on_the_validation_rows(fitted):
     assert fitted.chosen["validation"] == pytest.approx(expected[best])
 
 
-def test_of_equally_good_penalties_the_largest_is_chosen(fitted, monkeypatch):
-    monkeypatch.setattr(shallow, "accuracy", lambda scores, labels: 0.5)
-
-    assert shallow.choose_penalty(fitted.bench, fitted.sums["fit"])["penalty"] == 1e4
-
-
 def test_the_model_is_fitted_on_all_rows(fitted):
     weights = shallow.load_weights(fitted.bench.url("linear/weights.zarr"))
     everything, x = fitted.parts["all"], joined(fitted.tests)
