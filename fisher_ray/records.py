@@ -69,8 +69,7 @@ class Receipt:
         attempt: from 1.
         seconds: wall time, by part (read, compute, write).
         num_bytes: bytes written.
-        device: the worker's device name.
-        worker: host, process and device, as the pool puts it in.
+        worker: host, process and device, as the worker puts them in.
         skipped: rows left out under ``data.on_error: skip``, with reasons.
     """
 
@@ -78,7 +77,6 @@ class Receipt:
     attempt: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     num_bytes: int = 0
-    device: str = "cpu"
     worker: str = ""
     skipped: dict[int, str] = field(default_factory=dict)
 

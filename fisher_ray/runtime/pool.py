@@ -204,7 +204,7 @@ class Pool:
             for member in self._members:
                 if member.place is not None:
                     return member
-            self._await([], None)
+            self._await()
 
     # -- the loop
 
@@ -216,7 +216,7 @@ class Pool:
             for member in self._members:
                 if member.place is not None and member.node is None and (work := schedule.take()) is not None:
                     self._send(member, schedule, task, *work, options)
-            self._await([schedule], on_receipt)
+            self._await(schedule, on_receipt)
 
     def _send(
         self, member: _Member, schedule: Schedule, task: Callable[..., Any], node: Node, attempt: int, options: Any
@@ -229,16 +229,16 @@ class Pool:
             call = member.handle.merge.options(num_returns=2)
             member.reply, member.arrays = call.remote(*schedule.inputs(node))
 
-    def _await(self, schedules: list[Schedule], on_receipt: Callable[[Receipt], None] | None) -> None:
-        """Wait until something comes back, and take it in."""
+    def _await(self, schedule: Schedule | None = None, on_receipt: Callable[[Receipt], None] | None = None) -> None:
+        """Wait until something comes back, and take it in; without a schedule nobody is at work."""
         by_ref = {member.waited_for: member for member in self._members if member.waited_for is not None}
         came, _ = ray.wait(list(by_ref), num_returns=1, timeout=POLL_S)
         for ref in came:
             member = by_ref[ref]
             if member.starting is not None:
                 self._welcome(member)
-            else:
-                self._take_in(member, schedules[0], on_receipt)
+            elif schedule is not None:
+                self._take_in(member, schedule, on_receipt)
         self._check_alive()
 
     def _welcome(self, member: _Member) -> None:

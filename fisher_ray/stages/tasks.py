@@ -28,7 +28,7 @@ def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, 
         if f"{name}:positions" not in sums:  # every row was skipped, but all units' sums have to have the same names
             sums[f"{name}:inputs"], sums[f"{name}:outputs"] = np.zeros((num_inputs,) * 2), np.zeros((num_outputs,) * 2)
             sums[f"{name}:positions"] = np.zeros(())
-    return _receipt(bench, unit, attempt, start, skipped), sums
+    return _receipt(unit, attempt, start, skipped), sums
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
@@ -37,7 +37,7 @@ def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arr
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
     config = bench.config
     sums = fisher_pass(bench.engine, bench.compressor, batches, config.scores.labels, config.seed)
-    return _receipt(bench, unit, attempt, start, skipped), sums
+    return _receipt(unit, attempt, start, skipped), sums
 
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
@@ -61,7 +61,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
     joined = {key: np.concatenate(values) for key, values in parts.items()} or _no_rows(url)
     num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=skipped)
     seconds = {"compute": computed - start, "write": time.monotonic() - computed}
-    return Receipt(unit, attempt, seconds, num_bytes, str(bench.device), skipped=skipped), None
+    return Receipt(unit, attempt, seconds, num_bytes, skipped=skipped), None
 
 
 def _no_rows(url: str) -> Arrays:
@@ -74,11 +74,11 @@ def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[
     """Sum the linear model's Gram matrix over some rows of the feature store."""
     start = time.monotonic()
     sums = shallow.gram_sums(bench, unit, part)
-    return _receipt(bench, unit, attempt, start, {}), sums
+    return _receipt(unit, attempt, start, {}), sums
 
 
-def _receipt(bench: Workbench, unit: Unit, attempt: int, start: float, skipped: dict[int, str]) -> Receipt:
-    return Receipt(unit, attempt, {"compute": time.monotonic() - start}, 0, str(bench.device), skipped=skipped)
+def _receipt(unit: Unit, attempt: int, start: float, skipped: dict[int, str]) -> Receipt:
+    return Receipt(unit, attempt, {"compute": time.monotonic() - start}, skipped=skipped)
 
 
 def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:
