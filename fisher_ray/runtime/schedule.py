@@ -116,13 +116,7 @@ class Schedule:
         Raises:
             WorkersLostError: if that happened ``max_attempts`` times.
         """
-        self._running.discard(node)
-        self._losses[node] += 1
-        if self._losses[node] >= self._max_attempts:
-            raise WorkersLostError(
-                f"{self._name(node)} lost its worker {self._losses[node]} times; the last time: {reason}. If machines "
-                "come and go, run again to resume; if not, look at the workers' memory."
-            )
+        self._count_loss(node, f"its worker died; the last time: {reason}")
         if node.level == 0:
             self._queue.appendleft(node)
 
@@ -132,17 +126,20 @@ class Schedule:
         Raises:
             WorkersLostError: if it lost them ``max_attempts`` times.
         """
-        self._running.discard(node)
-        self._losses[node] += 1
-        if self._losses[node] >= self._max_attempts:
-            raise WorkersLostError(
-                f"{self._name(node)}: its inputs were lost {self._losses[node]} times with the machines that held "
-                "them. Run again to resume."
-            )
+        self._count_loss(node, "its inputs were lost with the machines that held them")
         again: list[Unit] = []
         for child in self._children(node):
             again += self._forget(child)
         return again
+
+    def _count_loss(self, node: Node, what: str) -> None:
+        self._running.discard(node)
+        self._losses[node] += 1
+        if self._losses[node] >= self._max_attempts:
+            raise WorkersLostError(
+                f"{self._name(node)} was tried {self._losses[node]} times: {what}. If machines come and go, run again "
+                "to resume; if not, look at the workers' memory."
+            )
 
     def _forget(self, node: Node) -> list[Unit]:
         self._results.pop(node, None)

@@ -214,7 +214,7 @@ def test_sums_that_are_lost_again_and_again_stop_the_run_and_blame_no_data():
     schedule = Schedule(plan_units(2, 1), 3, merge=True)
     for _ in range(2):
         schedule.lost(until_merge(schedule))
-    with pytest.raises(StoppedError, match=r"level 1, position 0.* lost 3 times.*[Rr]un again"):
+    with pytest.raises(StoppedError, match=r"level 1, position 0.* tried 3 times: its inputs were lost.*[Rr]un again"):
         schedule.lost(until_merge(schedule))
 
 
@@ -227,5 +227,7 @@ def test_a_worker_that_dies_is_no_failure_of_the_unit_and_too_many_are_lost_work
         schedule.died(node, "preempted")
     node, attempt = schedule.take()
     assert attempt == 5
-    with pytest.raises(WorkersLostError, match=r"unit 0 with rows \[0, 8\) lost its worker 3 times; .*: preempted"):
+    with pytest.raises(
+        WorkersLostError, match=r"unit 0 with rows \[0, 8\) was tried 3 times: its worker died; .*: preempted"
+    ):
         schedule.died(node, "preempted")
