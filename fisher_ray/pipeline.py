@@ -131,13 +131,11 @@ class _Run:
     def base(self) -> None:
         """Train the base network, or take the checkpoint."""
         self._stage("base", None, lambda: self._solo("base", training.train_base))
-        if (
-            hashlib.sha256(self._storage.read_bytes(BASE_FILE)).hexdigest()
-            != self._journal.result("base")["fingerprint"]
-        ):
+        found = hashlib.sha256(self._storage.read_bytes(BASE_FILE)) if self._storage.exists(BASE_FILE) else None
+        if found is None or found.hexdigest() != self._journal.result("base")["fingerprint"]:
             raise ModelError(
-                f"{self._url(BASE_FILE)} is not the network that this run was begun with. Put it back, or start anew "
-                "with --fresh."
+                f"{self._url(BASE_FILE)} is not, or no more, the network that this run was begun with. Put it back, or "
+                "start anew with --fresh."
             )
 
     def metric(self) -> None:

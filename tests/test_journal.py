@@ -137,9 +137,10 @@ def facts_of(**replaced):
     "runtime", [{"num_workers": 7}, {"gpus_per_worker": 0.5}, {"max_attempts": 9}, {"wait_s": 1.5}], ids=str
 )
 def test_how_many_workers_there_are_may_change(storage, runtime):
-    Journal.open(storage, facts_of(runtime={"num_workers": 2}))
+    with Journal.open(storage, facts_of(runtime={"num_workers": 2})).stage("base"):
+        pass
 
-    Journal.open(storage, facts_of(runtime=runtime))
+    assert Journal.open(storage, facts_of(runtime=runtime)).sealed("base")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -185,17 +186,22 @@ def inspect_request(config: Config) -> Facts:
 
 
 def _try_network(model: nn.Module, engine: ScoreEngine, shape: tuple[int, ...]) -> tuple[int, int | None]:
-    sample = torch.zeros(1, *shape)
+    with _naming_shape(shape):
+        scores = engine.all_classes(torch.zeros(1, *shape))
+    return scores.logits.shape[1], None if scores.hidden is None else scores.hidden.shape[1]
+
+
+@contextmanager
+def _naming_shape(shape: tuple[int, ...]) -> Iterator[None]:
     try:
-        scores = engine.all_classes(sample)
+        yield
     except FisherRayError:
         raise
     except Exception as error:
         raise ModelError(
-            f"the network fails on a sample of shape {shape}: {type(error).__name__}: {error}. "
+            f"the network fails on samples of shape {shape}: {type(error).__name__}: {error}. "
             "Check data.transform against the network's input."
         ) from error
-    return scores.logits.shape[1], None if scores.hidden is None else scores.hidden.shape[1]
 
 
 def _first_rows(source: Source, shape: tuple[int, ...]) -> Iterator[Batch]:
@@ -207,7 +213,7 @@ def _first_rows(source: Source, shape: tuple[int, ...]) -> Iterator[Batch]:
 def _refuse_dependent_rows(model: nn.Module, inputs: torch.Tensor) -> None:
     """Refuse a network that puts itself into train mode, or calls dropout or batch statistics as functions."""
     first = inputs[:1]
-    with torch.no_grad():
+    with torch.no_grad(), _naming_shape(tuple(first.shape[1:])):
         alone, together = model(first), model(torch.cat([*[first] * NUM_TRIED, inputs]))[:NUM_TRIED]
     tolerance = 1e-3 * float(alone.nan_to_num().abs().max())
     if not torch.allclose(together, alone.expand_as(together), rtol=0.0, atol=tolerance, equal_nan=True):

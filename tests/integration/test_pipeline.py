@@ -130,7 +130,7 @@ def test_another_network_transform_or_base_is_refused(ray_session, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / "run" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
-    with pytest.raises(ModelError, match="is not the network that this run was begun with"):
+    with pytest.raises(ModelError, match="is not, or no more, the network that this run was begun with"):
         pipeline.run(config, until="metric")
 
 
@@ -208,7 +208,7 @@ def test_a_wrong_row_stops_the_run_naming_it_or_is_left_out_and_listed(ray_sessi
 
 def test_a_wrong_model_or_file_is_refused_before_the_folder_is_made(tmp_path):
     for override, error, words in [
-        ("model.factory=fisher_ray.models:paper_cnn", ModelError, "fails on a sample of shape"),
+        ("model.factory=fisher_ray.models:paper_cnn", ModelError, "fails on samples of shape"),
         ("model.factory=nowhere:net", ConfigError, "model.factory"),
         ("data.test.factory=fisher_ray.data.digits:none", ConfigError, "data.test.factory"),
     ]:
