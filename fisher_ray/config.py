@@ -190,8 +190,13 @@ class Config(_Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Return the keys and values that the results depend on: all but places, and how many workers there are."""
+        """Return the keys and values that results depend on.
+
+        That is all but places, how many workers there are, and ``data.on_error``: what there is already had no wrong
+        row, or says which rows it left out.
+        """
         values = self.model_dump(mode="json", exclude={"output": True, "data": {"root"}, "model": {"checkpoint"}})
+        del values["data"]["on_error"]
         for key in ("num_workers", "gpus_per_worker", "max_attempts", "wait_s"):
             del values["runtime"][key]
         return values

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from fisher_ray.errors import ConfigError, ResumeMismatchError
@@ -37,7 +38,14 @@ class Journal:
         self._running: tuple[dict[str, Any], float] | None = None  # the stage's record, and when it counts from
 
     @classmethod
-    def open(cls, storage: Storage, facts: dict[str, Any], *, fresh: bool = False) -> Journal:
+    def open(
+        cls,
+        storage: Storage,
+        facts: dict[str, Any],
+        *,
+        fresh: bool = False,
+        late: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    ) -> Journal:
         """Take up the run in the folder, or start one there.
 
         Args:
@@ -45,6 +53,7 @@ class Journal:
             facts: ``identity`` and ``fingerprints``, which a run that is taken up must have had too; and whatever else
                 is to be kept (``config``, ``versions``), which may have changed.
             fresh: remove what an earlier run left, and start anew.
+            late: keys of the identity that may change until one of these stages is sealed.
 
         Raises:
             ResumeMismatchError: if the folder's run had another configuration, model or data, naming the difference.
@@ -61,9 +70,9 @@ class Journal:
             journal = cls(storage, {**_empty(), **facts}, [])
             journal._save()
             return journal
-        if differences := _differences(document, facts):
+        if differences := _differences(document, facts, late):
             raise ResumeMismatchError(
-                f"{storage.url} holds a run of another configuration, model or data: {'; '.join(differences)}. "
+                f"{storage.url} holds a run of another configuration, model or data: {_listed(differences)}. "
                 "Give another output, or start anew in the same place with --fresh."
             )
         return cls(storage, {**document, **facts}, _read_events(storage))
@@ -196,20 +205,31 @@ def _read_events(storage: Storage) -> list[str]:
         return []
 
 
-def _differences(document: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    return [
-        line
-        for section, word in (("identity", ""), ("fingerprints", "fingerprint of "))
-        for line in _compare(document.get(section), facts[section], "", word)
-    ]
+def _differences(
+    document: dict[str, Any], facts: dict[str, Any], late: Mapping[str, tuple[str, ...]]
+) -> dict[str, str]:
+    sealed = {name for name, record in document["stages"].items() if record.get("sealed")}
+    free = [key for key, stages in late.items() if not sealed.intersection(stages)]
+    identity = {
+        key: text
+        for key, text in _compare(document.get("identity"), facts["identity"], "")
+        if not any(key == start or key.startswith(f"{start}.") for start in free)
+    }
+    fingerprints = _compare(document.get("fingerprints"), facts["fingerprints"], "")
+    return identity | {f"fingerprint of {key}": text for key, text in fingerprints}
 
 
-def _compare(before: Any, now: Any, key: str, word: str) -> list[str]:
+def _listed(differences: dict[str, str]) -> str:
+    return "; ".join(f"{key} {text}" for key, text in differences.items())
+
+
+def _compare(before: Any, now: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield each key, its parts joined by dots, whose value is not the same, and what happened to it."""
     if isinstance(before, dict) and isinstance(now, dict):
-        prefix = f"{key}." if key else ""
-        keys = sorted(before.keys() | now.keys())
-        return [line for k in keys for line in _compare(before.get(k), now.get(k), f"{prefix}{k}", word)]
-    return [] if before == now else [f"{word}{key} was {_short(before)}, now {_short(now)}"]
+        for k in sorted(before.keys() | now.keys()):
+            yield from _compare(before.get(k), now.get(k), f"{key}.{k}" if key else k)
+    elif before != now:
+        yield key, f"was {_short(before)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from fisher_ray import report
 from fisher_ray.classifier import FisherClassifier
-from fisher_ray.config import Config
+from fisher_ray.config import Config, LinearConfig
 from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Receipt, SilentProgress, Unit
@@ -28,6 +28,11 @@ from fisher_ray.store import create_store, finished_units, open_features, seal
 Until = Literal["base", "metric", "features", "linear", "report"]
 FEATURE_STORES = {"train": "shallow", "test": "test"}
 """The feature stores' names, and the split that each is made of."""
+LATE = {
+    **{f"linear.{key}": ("linear",) for key in LinearConfig.model_fields if key != "views"},
+    "trained_on": ("trained_on", "report"),
+}
+"""Keys that may change between two starts of a run until these stages are sealed: nothing earlier reads them."""
 
 
 def run(
@@ -59,7 +64,7 @@ def run(
     _refuse_leak(config, until)
     session, progress = Session(address), progress or SilentProgress()
     facts = inspect_request(config)
-    journal = Journal.open(Storage(config.output), _journal_facts(config, facts), fresh=fresh)
+    journal = Journal.open(Storage(config.output), _journal_facts(config, facts), fresh=fresh, late=LATE)
 
     def note(text: str) -> None:
         progress.note(text)

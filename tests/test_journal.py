@@ -160,6 +160,33 @@ def test_what_may_change_a_result_may_not_change(storage, replaced, words):
         Journal.open(storage, facts_of(**replaced))
 
 
+LATE = {"linear.penalties": ("linear",), "trained_on": ("trained_on", "report")}
+
+
+@pytest.mark.parametrize(
+    ("sealed", "replaced", "refused"),
+    [
+        ("base", {"linear": {"penalties": [1.0]}}, None),
+        ("linear", {"linear": {"penalties": [1.0]}}, r"linear\.penalties was .*, now \[1\.0\]\. Give"),
+        ("base", {"linear": {"views": 2}}, r"linear\.views was 1, now 2\. Give"),
+        ("linear", {"trained_on": None}, None),
+        ("report", {"trained_on": None}, r"trained_on was \{.*, now null\. Give"),
+        ("report", {"data": {**minimal()["data"], "on_error": "skip"}}, None),
+    ],
+    ids=str,
+)
+def test_what_no_sealed_stage_has_read_may_change(storage, sealed, replaced, refused):
+    with Journal.open(storage, facts_of(), late=LATE).stage(sealed):
+        pass
+
+    if refused is None:
+        assert Journal.open(storage, facts_of(**replaced), late=LATE).sealed(sealed)
+        assert read_run(storage)["identity"] == facts_of()["identity"]  # nothing is written yet
+    else:
+        with pytest.raises(ResumeMismatchError, match=refused):
+            Journal.open(storage, facts_of(**replaced), late=LATE)
+
+
 def test_what_is_no_part_of_the_identity_may_change(storage):
     Journal.open(storage, FACTS)
     journal = Journal.open(storage, FACTS | {"config": {"output": "y"}})

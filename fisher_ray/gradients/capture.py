@@ -42,6 +42,7 @@ def find_blocks(model: nn.Module, parameters: str = "*") -> list[Block]:
             (BatchNorm, dropout in train mode), or nothing matches.
     """
     blocks: list[Block] = []
+    owners: dict[int, str] = {}
     for name, module in model.named_modules():
         _refuse_train_mode(name, module)
         own = {key for key, _ in module.named_parameters(recurse=False)}
@@ -54,6 +55,10 @@ def find_blocks(model: nn.Module, parameters: str = "*") -> list[Block]:
                 f"layer {name!r} ({type(module).__name__}) has no gradient formula; supported: {choices}. "
                 f"Leave its parameters out with scores.parameters (given {parameters!r})."
             )
+        for key in wanted:
+            owner = owners.setdefault(id(getattr(module, key)), name)
+            if owner != name:
+                raise ModelError(f"layers {owner!r} and {name!r} share their {key}: tied parameters are not supported")
         blocks += blocks_of(name, module, weight="weight" in wanted, bias="bias" in wanted)
     if not blocks:
         raise ModelError(f"no parameter of the network matches scores.parameters {parameters!r}")

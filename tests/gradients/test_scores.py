@@ -145,9 +145,16 @@ def test_scores_can_be_taken_where_gradients_are_switched_off():
         torch.testing.assert_close(class_scores(model, inputs), expected, rtol=0, atol=0)
 
 
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (tied(), ["'0'", "'1'", "share their weight"]),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)), ["'1'", "eval()"]),
         (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)), ["'1'", "Dropout", "eval()"]),
         (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval(), ["'1'", "LayerNorm", "Conv2d", "Linear"]),
@@ -157,7 +164,7 @@ def test_scores_can_be_taken_where_gradients_are_switched_off():
             ["'1'", "no running statistics", "track_running_stats=True"],
         ),
     ],
-    ids=["batch norm", "dropout", "layer norm", "nothing", "batch norm without statistics"],
+    ids=["tied", "batch norm", "dropout", "layer norm", "nothing", "batch norm without statistics"],
 )
 def test_a_network_that_has_no_per_sample_gradient_is_refused(model, words):
     with pytest.raises(ModelError) as caught:

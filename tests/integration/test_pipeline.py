@@ -199,11 +199,11 @@ def test_a_wrong_row_stops_the_run_naming_it_or_is_left_out_and_listed(ray_sessi
     monkeypatch.syspath_prepend(str(tmp_path))
     spoiled = ("data.shallow.factory=spoiled:spoiled", "trained_on=null")
     with pytest.raises(DataError, match=r"data\.shallow row 300.*NaN.*on_error: skip"):
-        pipeline.run(digits(tmp_path / "stop", *spoiled))
+        pipeline.run(digits(tmp_path / "run", *spoiled))
 
-    results = pipeline.run(digits(tmp_path / "skip", *spoiled, "data.on_error=skip"))
+    results = pipeline.run(digits(tmp_path / "run", *spoiled, "data.on_error=skip"))
     assert results["accuracy"]["fisher_linear"] > results["accuracy"]["base"]
-    assert "row 300" in (tmp_path / "skip" / "report" / "report.html").read_text()
+    assert "row 300" in (tmp_path / "run" / "report" / "report.html").read_text()
 
 
 def test_a_wrong_model_or_file_is_refused_before_the_folder_is_made(tmp_path):
