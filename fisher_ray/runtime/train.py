@@ -121,7 +121,8 @@ def _run_group(
     threads = config.runtime.cpus_per_worker
     with tempfile.TemporaryDirectory(prefix="fisher-ray-train-") as folder:
         record = Path(folder, "losses")
-        trainer: Any = TorchTrainer(
+        kind: Any = _EmbeddedTrainer if session.embedded else TorchTrainer
+        trainer = kind(
             _loop,
             train_loop_config={"config": config, "facts": facts, "threads": threads, "gpus": gpus > 0},
             torch_config=TorchConfig(backend="gloo"),
@@ -193,6 +194,17 @@ def _free_places(config: Config) -> int:
 
 
 # -- around Ray Train, in the driver
+
+
+class _EmbeddedTrainer(TorchTrainer):
+    """Leaves out Ray Train's guard against a dead controller's leftovers, where Ray ends with this process anyway.
+
+    The guard asks the dashboard, and without one every fit would end with 12 s of waiting for its answer.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [item for item in callbacks if type(item).__name__ != "PlacementGroupCleanerCallback"]
 
 
 class _LossRecord(UserCallback):
