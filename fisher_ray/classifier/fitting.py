@@ -61,7 +61,7 @@ def fit_metric(
     """Fit a low-rank Fisher metric of ``model`` on ``data``, in this process; ``data`` is read twice.
 
     Args:
-        model: network in eval mode with Linear and Conv2d parameters, logits ``(B, C)``.
+        model: network in eval mode, logits ``(B, C)``.
         data: inputs ``(N, ...)``; or an iterable of batches that can be read again, each inputs ``(B, ...)`` or a pair
             ``(inputs, labels)``; or a source of :func:`fisher_ray.data.open_source`.
         labels: whose scores: all classes weighted by ``√p_c``, the true ones, or drawn from ``p`` or uniformly.
@@ -101,7 +101,7 @@ def fit_metric(
     compressor = KroneckerCompressor(bases, like)
     fisher = fisher_pass(engine, compressor, _batches(data, labels, like), labels, seed)
     eigvals, eigvecs, chosen = decompose(fisher, rank or compressor.dim, damping)
-    return LowRankMetric(bases, eigvals, eigvecs, chosen, {"labels": labels, "parameters": parameters})
+    return LowRankMetric(bases, eigvals, eigvecs, chosen, {"labels": labels, "parameters": engine.selection})
 
 
 def features(model: nn.Module, metric: LowRankMetric, inputs: Tensor) -> Tensor:

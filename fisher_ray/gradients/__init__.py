@@ -1,16 +1,33 @@
 """Per-sample gradients: capture of factors, per-layer formulas, scores, compression."""
 
-from fisher_ray.gradients.compression import KroneckerCompressor
+from fisher_ray.gradients.compression import KroneckerCompressor, random_bases
+from fisher_ray.gradients.exact import GradientBuffer
+from fisher_ray.gradients.factors import Factors
+from fisher_ray.gradients.forming import Scores, form_gradients
 from fisher_ray.gradients.labels import draw_labels, keyed_uniform
-from fisher_ray.gradients.scores import Factors, ScoreEngine, Scores, class_scores, per_sample_gradients
+from fisher_ray.gradients.largest import LargestEntries
+from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax
+from fisher_ray.gradients.scores import ScoreEngine, class_scores, per_sample_gradients
+from fisher_ray.gradients.sketch import GradientSketch
 
 __all__ = [
+    "Bernoulli",
+    "Custom",
     "Factors",
+    "Gaussian",
+    "GradientBuffer",
+    "GradientSketch",
     "KroneckerCompressor",
+    "LargestEntries",
+    "Likelihood",
+    "NextToken",
     "ScoreEngine",
     "Scores",
+    "Softmax",
     "class_scores",
     "draw_labels",
+    "form_gradients",
     "keyed_uniform",
     "per_sample_gradients",
+    "random_bases",
 ]

@@ -1,4 +1,4 @@
-"""Forward hooks that keep every layer's input and output, so that one backward to the outputs gives all factors.
+"""Hooks that keep the calls of modules in a forward pass, so that one backward to their outputs gives all factors.
 
 Parameters do not require gradients meanwhile: no batch weight gradient and no gradient of the network's own input is
 computed.
@@ -6,17 +6,116 @@ computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fisher_ray.errors import ModelError
-from fisher_ray.gradients.layers import SUPPORTED, Block, blocks_of
+from fisher_ray.gradients.blocks import Block
+from fisher_ray.gradients.layers import Layer, Part
+from fisher_ray.gradients.outputs import Inputs, call, main_output
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where a tensor has its samples.
+
+    Attributes:
+        dim: the axis.
+        fold: how many of its entries are one sample's, next to each other.
+    """
+
+    dim: int
+    fold: int
+
+    def outermost(self, value: Tensor, leading: int = 0) -> Tensor:
+        """Bring the samples, and then what is one sample's on their axis, to the front.
+
+        ``(*leading, ..., B · k, ...)`` becomes ``(*leading, B, k, ...)``.
+        """
+        value = value.movedim(leading + self.dim, leading)
+        return value.reshape(*value.shape[:leading], -1, self.fold, *value.shape[leading + 1 :])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of one call have their samples, in the order of the flattened arguments and outputs.
+
+    Attributes:
+        arguments: None for what is not a tensor, or is the same for all samples.
+        outputs: the same of what the call returns.
+        aware: whether there are outputs, and every floating-point one of them holds the samples.
+        shared: whether the call does not see the samples, and its result is to be repeated for each of them.
+    """
+
+    arguments: tuple[Axis | None, ...]
+    outputs: tuple[Axis | None, ...]
+    aware: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose calls are kept.
+
+    Attributes:
+        name: the module's name.
+        module: the module.
+        layouts: of its calls, in order.
+        layer: its formula; None for a vector-Jacobian product of the whole module.
+        parts: what a call gives to which block, by the formula.
+        blocks: what the product is for.
+        parameters: the blocks' parameters' names inside the module, by their full names.
+    """
+
+    name: str
+    module: nn.Module
+    layouts: tuple[Layout, ...]
+    layer: Layer | None = None
+    parts: tuple[Part, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What is kept of a forward pass.
+
+    Attributes:
+        sites: the modules.
+        copy_inputs: whether the network overwrites what goes into its layers, so that copies are kept.
+        copy_outputs: whether it overwrites what comes out of them, so that it gets copies.
+    """
+
+    sites: tuple[Site, ...]
+    copy_inputs: bool
+    copy_outputs: bool
+
+
+@dataclass
+class Call:
+    """One call of a site.
+
+    Attributes:
+        site: the site.
+        layout: of this call.
+        arguments: flattened; tensors detached.
+        structure: of the arguments.
+        outputs: flattened; floating-point tensors are part of the graph, others are None.
+        versions: how often each tensor among arguments and outputs had been overwritten when the call was made.
+    """
+
+    site: Site
+    layout: Layout
+    arguments: list[Any]
+    structure: TreeSpec
+    outputs: list[Tensor | None]
+    versions: list[int]
 
 
 @dataclass
@@ -24,116 +123,135 @@ class Trace:
     """What one forward pass left behind.
 
     Attributes:
-        logits: ``(B, C)``, attached to the graph.
-        calls: per layer name, each call's (input, output).
-        hidden: the last layer's input ``(B, H)`` if the logits are a Linear's output, else None.
+        output: what the likelihood is of, attached to the graph.
+        calls: in the order of the forward pass.
+        hidden: ``(B, H)``, the last layer's input if the output is a Linear's, else None.
     """
 
-    logits: Tensor
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    output: Tensor
+    calls: list[Call] = field(default_factory=list)
     hidden: Tensor | None = None
 
 
-def find_blocks(model: nn.Module, parameters: str = "*") -> list[Block]:
-    """Return the blocks whose parameters match the glob ``parameters``, in the network's order.
+@contextmanager
+def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int) -> Iterator[Trace]:
+    """Run ``model`` on ``batch`` samples and keep the calls of ``sites``; take gradients inside the context.
 
     Raises:
-        ModelError: if a matching parameter belongs to an unsupported layer, a layer's behaviour depends on its batch
-            (BatchNorm, dropout in train mode), or nothing matches.
+        ModelError: if the output is no tensor, a module is called more often than when the network was looked at, or
+            what was kept is overwritten in place, and was not then.
     """
-    blocks: list[Block] = []
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules():
-        _refuse_train_mode(name, module)
-        own = {key for key, _ in module.named_parameters(recurse=False)}
-        wanted = {key for key in own if fnmatchcase(f"{name}.{key}" if name else key, parameters)}
-        if not wanted:
-            continue
-        if not isinstance(module, SUPPORTED):
-            choices = ", ".join(sorted(kind.__name__ for kind in SUPPORTED))
-            raise ModelError(
-                f"layer {name!r} ({type(module).__name__}) has no gradient formula; supported: {choices}. "
-                f"Leave its parameters out with scores.parameters (given {parameters!r})."
-            )
-        for key in wanted:
-            owner = owners.setdefault(id(getattr(module, key)), name)
-            if owner != name:
-                raise ModelError(f"layers {owner!r} and {name!r} share their {key}: tied parameters are not supported")
-        blocks += blocks_of(name, module, weight="weight" in wanted, bias="bias" in wanted)
-    if not blocks:
-        raise ModelError(f"no parameter of the network matches scores.parameters {parameters!r}")
-    return blocks
-
-
-def _refuse_train_mode(name: str, module: nn.Module) -> None:
-    dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    what = f"layer {name!r} ({type(module).__name__})"
-    if module.training and (dropout or batch_norm):
-        raise ModelError(
-            f"{what} is in train mode, so a sample's gradient would depend on its batch or on chance. "
-            "Call model.eval() first."
-        )
-    if batch_norm and module.running_mean is None:
-        raise ModelError(
-            f"{what} keeps no running statistics, so a sample's gradient would depend on its batch in eval mode too. "
-            "Build it with track_running_stats=True."
-        )
-
-
-def trace(model: nn.Module, inputs: Tensor, layers: Sequence[str]) -> Trace:
-    """Run ``model`` on ``inputs`` ``(B, ...)`` and keep the calls of ``layers``.
-
-    Raises:
-        ModelError: if the output is not ``(B, C)`` logits, or a captured output was overwritten in place.
-    """
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-    linear_calls: list[tuple[Tensor, Tensor]] = []
-    overwrites = any(getattr(module, "inplace", False) for module in model.modules())
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if name in layers:
-                if not output.requires_grad:
-                    output.requires_grad_()
-                calls[name].append((args[0].detach(), output))
-                if overwrites:
-                    output = output.clone()
+    keeper = _Keeper(batch, sites.copy_inputs, sites.copy_outputs)
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for site in sites.sites:
+            hook = site.module.register_forward_hook(keeper.hook(site), prepend=True, with_kwargs=True)
+            stack.callback(hook.remove)
+        for module in model.modules():
             if isinstance(module, nn.Linear):
-                linear_calls.append((args[0].detach(), output))  # the tensor that the network goes on with
-            return output
-
-        return hook
-
-    handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, SUPPORTED)]
-    try:
-        with _frozen(model), torch.enable_grad():
-            output = model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    logits = _check_logits(output, len(inputs))
-    for name, kept in calls.items():
-        if any(output._version for _, output in kept):
-            raise ModelError(f"the output of layer {name!r} is overwritten in place. Use an out-of-place operation.")
-    hidden = next((a for a, y in linear_calls if y is logits and a.ndim == 2), None)
-    return Trace(logits, calls, hidden)
+                stack.callback(module.register_forward_hook(keeper.keep_hidden).remove)
+        with torch.enable_grad():
+            output = main_output(call(model, inputs))
+        keeper.recording = False  # activation checkpointing calls modules again in the backward
+        keeper.check()
+        hidden = next((value for value, made in keeper.linear_calls if made is output and value.ndim == 2), None)
+        yield Trace(output, keeper.calls, hidden)
 
 
-def _check_logits(logits: object, batch: int) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"the network's output is {shape}, not logits of shape (B, C) with B = {batch}")
-    return logits
+class _Keeper:
+    """Keeps calls of ``batch`` samples."""
+
+    def __init__(self, batch: int, copy_inputs: bool, copy_outputs: bool) -> None:
+        self.calls: list[Call] = []
+        self.linear_calls: list[tuple[Tensor, Tensor]] = []
+        self.recording = True
+        self._batch, self._copy_inputs, self._copy_outputs = batch, copy_inputs, copy_outputs
+        self._seen: dict[str, int] = {}
+
+    def hook(self, site: Site) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            number = self._seen.get(site.name, 0)
+            if self.recording:
+                self._seen[site.name] = number + 1
+            if self.recording and number >= len(site.layouts):
+                raise ModelError(
+                    f"layer {site.name!r} is called more often on this batch than on the first: the network's way "
+                    "through its layers depends on the data"
+                )
+            layout = site.layouts[min(number, len(site.layouts) - 1)]
+            given, structure = tree_flatten((args, kwargs))
+            if not site.name:  # the network itself: nothing follows that could overwrite what it returns
+                made, result = [self._marked(main_output(output), layout, foreign=False)], output
+            else:
+                made, made_structure = tree_flatten(output)
+                made = [self._marked(value, layout, foreign=site.layer is None) for value in made]
+                copies = [self._copy(value) for value in made]
+                result = tree_unflatten(copies, made_structure)
+            if self.recording:
+                kept = [self._kept(value) for value in given]
+                outputs = [value if _differentiable(value) else None for value in made]
+                self.calls.append(Call(site, layout, kept, structure, outputs, _versions([*kept, *outputs])))
+            return result
+
+        return keep
+
+    def _copy(self, value: Any) -> Any:
+        return value.clone() if self._copy_outputs and _differentiable(value) else value
+
+    def _kept(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().clone() if self._copy_inputs else value.detach()
+
+    def _marked(self, value: Any, layout: Layout, *, foreign: bool) -> Any:
+        """Return the output as a part of the graph, of its own if the module may have handed an input through."""
+        if not _differentiable(value):
+            return value
+        if layout.shared:
+            value = for_each(value.detach(), self._batch)
+        if foreign:
+            value = value.view_as(value)
+        return value if value.requires_grad else value.requires_grad_()
+
+    def keep_hidden(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.recording and args:
+            self.linear_calls.append((args[0].detach(), output))  # the tensor that the network goes on with
+
+    def check(self) -> None:
+        for item in self.calls:
+            if _versions([*item.arguments, *item.outputs]) != item.versions:
+                raise ModelError(
+                    f"what goes into or comes out of layer {item.site.name!r} is overwritten in place. Use an "
+                    "out-of-place operation."
+                )
+
+
+def _versions(values: list[Any]) -> list[int]:
+    return [value._version if isinstance(value, Tensor) else 0 for value in values]
+
+
+def for_each(value: Tensor, batch: int) -> Tensor:
+    """Repeat what all samples share for each of them: ``(1, ...)`` or ``(...)`` to ``(B, ...)``."""
+    if value.ndim and value.shape[0] == 1:
+        return value.expand(batch, *value.shape[1:])
+    return value.expand(batch, *value.shape)
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients, and no layer take a shorter way past its parts."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fast = torch.backends.mha.get_fastpath_enabled()
     for parameter, _ in flags:
         parameter.requires_grad_(False)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

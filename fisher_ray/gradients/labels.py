@@ -10,18 +10,30 @@ from torch import Tensor
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def keyed_uniform(seed: int, index: Tensor) -> Tensor:
-    """Return one uniform float64 in ``[0, 1)`` a sample, a pure function of ``(seed, index)``.
+def keyed_uniform(seed: int, index: Tensor, num_draws: int | None = None) -> Tensor:
+    """Return uniform float64 in ``[0, 1)``, a pure function of ``(seed, index)``.
 
     SplitMix64 (Steele, Lea & Flood, 2014) as a counter-based generator.
 
     Args:
         seed: the run's seed.
         index: int64 ``(B,)``.
+        num_draws: how many a sample; None for one.
+
+    Returns:
+        ``(B,)`` for one, else ``(B, num_draws)``.
     """
     state = _mix(np.full(1, seed % 2**64, dtype=np.uint64))
     bits = _mix(index.cpu().numpy().astype(np.uint64) * _GOLDEN + state)
+    if num_draws is not None:
+        bits = _mix(bits[:, None] + np.arange(num_draws, dtype=np.uint64) * _GOLDEN)
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def keyed_normal(seed: int, index: Tensor, num_draws: int) -> Tensor:
+    """Return standard normal float64 ``(B, num_draws)``, a pure function of ``(seed, index)``."""
+    normal: Tensor = torch.special.ndtri(keyed_uniform(seed, index, num_draws) + 2.0**-54)
+    return normal
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,133 +1,281 @@
-"""Formulas of the layers: how a layer's input and backpropagated gradient make its per-sample gradient.
-
-Every supported layer is, per group and position ``t``, an affine map ``y_t = W a_t + b``; its per-sample gradient is
-``Σ_t δ_t a_tᵀ``. ``a`` (A rows, a trailing 1 where the bias takes part) and ``δ`` (O rows) are the *factors*.
-"""
+"""Layers with gradient formulas: which parameters make up which block, and how a call's gradients are factored."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
-SUPPORTED = (nn.Linear, nn.Conv2d)
+from fisher_ray.gradients.blocks import Block, Piece, single
+from fisher_ray.gradients.convolution import Convolution
+from fisher_ray.gradients.factors import (
+    AffineFactors,
+    AffineInput,
+    ConvolutionInput,
+    Factors,
+    FormedFactors,
+    LinearInput,
+    TokenFactors,
+)
 
 
 @dataclass(frozen=True)
-class Block:
-    """One group of one layer: the unit of factors, bases and structure.
+class Part:
+    """What one layer gives to one block.
 
     Attributes:
-        name: the module's name, with ``/g`` for group ``g`` of a grouped convolution.
-        module: the layer.
-        layer: the module's name.
-        group: which group.
-        weight: whether the weight takes part.
-        bias: whether the bias takes part.
+        block: the block.
+        weight: whether the layer's weight is in it.
+        bias: whether the layer's bias is in it.
+        group: of a grouped convolution.
+        shared: whether the block is one parameter in its own order, which other layers may share.
     """
 
-    name: str
-    module: nn.Module
-    layer: str
-    group: int
+    block: Block
     weight: bool
     bias: bool
+    group: int = 0
+    shared: bool = False
+
+
+class Layer(ABC):
+    """A layer with a formula.
+
+    Args:
+        name: the module's name.
+        module: the layer.
+        names: full names of its parameters, by ``weight`` and ``bias``.
+    """
+
+    def __init__(self, name: str, module: nn.Module, names: dict[str, str]) -> None:
+        """See the class."""
+        self.name, self.module, self.names = name, module, names
+        self.weight = cast(Tensor, module.weight)
+
+    @abstractmethod
+    def blocks(self, keys: set[str]) -> list[Part]:
+        """Return the blocks of the parameters ``keys`` where no other layer shares them."""
+
+    @abstractmethod
+    def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
+        """Return what a call gives to ``part``.
+
+        Args:
+            part: one of :meth:`blocks`, or of a shared parameter by itself.
+            value: the layer's input, samples outermost, ``(B · k, ...)``.
+            delta: the gradient at its output, ``(S, B, k, ...)``.
+        """
+
+    def _joined(self, keys: set[str], num_outputs: int, num_inputs: int, *, transposed: bool = False) -> Part:
+        pieces, columns = [], num_inputs if "weight" in keys else 0
+        rows = slice(0, num_outputs)
+        if "weight" in keys:
+            shape = tuple(self.weight.shape)
+            pieces.append(Piece(self.names["weight"], slice(0, shape[0]), slice(0, columns), shape, transposed))
+        if "bias" in keys:
+            pieces.append(Piece(self.names["bias"], rows, slice(columns, columns + 1), (num_outputs,)))
+        block = Block(self.name, num_outputs, columns + int("bias" in keys), tuple(pieces))
+        return Part(block, "weight" in keys, "bias" in keys)
+
+
+class LinearLayer(Layer):
+    """``nn.Linear`` over any leading axes, and the layer of the same meaning with its weight transposed."""
+
+    def blocks(self, keys: set[str]) -> list[Part]:
+        """See :class:`Layer`."""
+        num_outputs, num_inputs = self.weight.T.shape if self._transposed else self.weight.shape
+        return [self._joined(keys, num_outputs, num_inputs, transposed=self._transposed)]
+
+    def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
+        """See :class:`Layer`."""
+        num_scores, batch = delta.shape[:2]
+        source = LinearInput(value.reshape(batch, -1, value.shape[-1]), part.weight, part.bias)
+        deltas = delta.reshape(num_scores, batch, -1, delta.shape[-1]).transpose(2, 3)
+        made = AffineFactors(part.block, source, deltas)
+        if self._transposed and part.shared and part.weight:
+            return FormedFactors(part.block, made.gradient().transpose(2, 3))
+        return made
 
     @property
-    def num_inputs(self) -> int:
-        """``A``: rows of the input factor."""
-        return (self._fan_in if self.weight else 0) + int(self.bias)
+    def _transposed(self) -> bool:
+        return not isinstance(self.module, nn.Linear)
+
+
+class ConvolutionLayer(Layer):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, a block for each group."""
+
+    def blocks(self, keys: set[str]) -> list[Part]:
+        """See :class:`Layer`."""
+        groups, shape = self._conv.groups, tuple(self.weight.shape)
+        rows, num_inputs = shape[0] // groups, self.weight[0].numel() if "weight" in keys else 0
+        found = []
+        for group in range(groups):
+            mine, pieces = slice(group * rows, (group + 1) * rows), []
+            if "weight" in keys:
+                pieces.append(Piece(self.names["weight"], mine, slice(0, num_inputs), (rows, *shape[1:])))
+            if "bias" in keys:
+                pieces.append(Piece(self.names["bias"], mine, slice(num_inputs, num_inputs + 1), (rows,)))
+            name = self.name if groups == 1 else f"{self.name}/{group}"
+            block = Block(name, rows, num_inputs + int("bias" in keys), tuple(pieces))
+            found.append(Part(block, "weight" in keys, "bias" in keys, group))
+        return found
+
+    def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
+        """See :class:`Layer`."""
+        if not part.shared or self._conv.groups == 1:
+            return self._of_group(part, part.group, value, delta)
+        made = [self._of_group(part, group, value, delta) for group in range(self._conv.groups)]
+        return FormedFactors(part.block, torch.cat([item.gradient() for item in made], dim=2))
+
+    def _of_group(self, part: Part, group: int, value: Tensor, delta: Tensor) -> AffineFactors:
+        batch, rows = delta.shape[1], len(self.weight) // self._conv.groups
+        inputs: AffineInput = ConvolutionInput(
+            self._conv, value.chunk(self._conv.groups, dim=1)[group], batch, part.weight, part.bias
+        )
+        deltas = delta[:, :, :, group * rows : (group + 1) * rows].flatten(4)  # (S, B, k, O, T)
+        deltas = deltas[:, :, 0] if deltas.shape[2] == 1 else deltas.transpose(2, 3).flatten(3)
+        return AffineFactors(part.block, inputs, deltas)
 
     @property
-    def num_outputs(self) -> int:
-        """``O``: rows of the backpropagated factor."""
-        weight = self._weight
-        return int(weight.shape[0]) // self._groups
-
-    @property
-    def _weight(self) -> Tensor:
-        weight = self.module.weight
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"layer {self.layer!r} holds no weight tensor")
-        return weight
-
-    @property
-    def _fan_in(self) -> int:
-        return int(self._weight[0].numel())
-
-    @property
-    def _groups(self) -> int:
-        return self.module.groups if isinstance(self.module, nn.Conv2d) else 1
-
-    def inputs(self, value: Tensor) -> Tensor:
-        """Unfold a layer's input ``(B, ...)`` to the factor ``a``, shape ``(B, A, T)``."""
-        parts = [self._unfold(value)] if self.weight else []
-        if self.bias:
-            num_positions = parts[0].shape[-1] if parts else self._num_positions(value)
-            parts.append(value.new_ones(len(value), 1, num_positions))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    def project_inputs(self, value: Tensor, basis: Tensor) -> Tensor:
-        """Return ``basisᵀ a`` without unfolding: ``value`` ``(B, ...)``, ``basis`` ``(A, I)`` -> ``(B, I, T)``."""
-        if not self.weight:
-            return self.inputs(value).transpose(1, 2).matmul(basis).transpose(1, 2)
-        weight = basis[: self._fan_in].T
-        bias = basis[-1] if self.bias else None
-        if isinstance(self.module, nn.Conv2d):
-            value, padding = _padded(self.module, self._group_input(value))
-            filters = weight.reshape(-1, *self._weight.shape[1:]).contiguous()
-            out = functional.conv2d(value, filters, bias, self.module.stride, padding, self.module.dilation)
-            return out.flatten(2)
-        flat = value.reshape(len(value), -1, value.shape[-1])
-        return functional.linear(flat, weight.contiguous(), bias).transpose(1, 2)
-
-    def deltas(self, value: Tensor) -> Tensor:
-        """Reshape gradients at a layer's output ``(S, B, ...)`` to ``δ``, shape ``(S, B, O, T)``."""
-        if isinstance(self.module, nn.Conv2d):
-            value = value.flatten(3)
-            return value[:, :, self.group * self.num_outputs : (self.group + 1) * self.num_outputs]
-        return value.reshape(*value.shape[:2], -1, value.shape[-1]).transpose(2, 3)
-
-    def split(self, gradient: Tensor) -> dict[str, Tensor]:
-        """Split ``(..., O, A)`` into this group's rows of the parameters ``weight`` and ``bias``."""
-        parts: dict[str, Tensor] = {}
-        if self.weight:
-            shape = (*gradient.shape[:-1], *self._weight.shape[1:])
-            parts["weight"] = gradient[..., : self._fan_in].reshape(shape)
-        if self.bias:
-            parts["bias"] = gradient[..., -1]
-        return parts
-
-    def _group_input(self, value: Tensor) -> Tensor:
-        if self._groups == 1:
-            return value
-        return value.chunk(self._groups, dim=1)[self.group]
-
-    def _unfold(self, value: Tensor) -> Tensor:
-        if not isinstance(self.module, nn.Conv2d):
-            return value.reshape(len(value), -1, value.shape[-1]).transpose(1, 2)
-        value, padding = _padded(self.module, self._group_input(value))
-        conv = self.module
-        return functional.unfold(value, conv.kernel_size, conv.dilation, padding, conv.stride)
-
-    def _num_positions(self, value: Tensor) -> int:
-        if isinstance(self.module, nn.Conv2d):
-            with torch.no_grad():
-                return int(self.module(value[:1])[0, 0].numel())
-        return value[0].numel() // value.shape[-1]
+    def _conv(self) -> Convolution:
+        return cast(Convolution, self.module)
 
 
-def _padded(conv: nn.Conv2d, value: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
-        return value, (conv.padding[0], conv.padding[1])
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return functional.pad(value, conv._reversed_padding_repeated_twice, mode=mode), (0, 0)
+class EmbeddingLayer(Layer):
+    """``nn.Embedding``."""
+
+    def blocks(self, keys: set[str]) -> list[Part]:
+        """See :class:`Layer`."""
+        return [self._joined(keys, *self.weight.shape)]
+
+    def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
+        """See :class:`Layer`."""
+        num_scores, batch = delta.shape[:2]
+        tokens, deltas = value.reshape(batch, -1).long(), delta.reshape(num_scores, batch, -1, delta.shape[-1])
+        padding = cast(nn.Embedding, self.module).padding_idx
+        if padding is not None:
+            deltas = deltas.masked_fill((tokens == padding)[..., None], 0)
+        return TokenFactors(part.block, tokens, deltas)
 
 
-def blocks_of(name: str, module: nn.Module, *, weight: bool, bias: bool) -> list[Block]:
-    """Return the blocks of a supported layer, one a group."""
-    groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    names = [name] if groups == 1 else [f"{name}/{group}" for group in range(groups)]
-    return [Block(block, module, name, group, weight, bias) for group, block in enumerate(names)]
+class NormalisationLayer(Layer):
+    """A normalisation with a scale and a shift for every channel or coordinate; its block has a column for each."""
+
+    def blocks(self, keys: set[str]) -> list[Part]:
+        """See :class:`Layer`."""
+        size, shape = self.weight.numel(), tuple(self.weight.shape)
+        pieces = tuple(
+            Piece(self.names[key], slice(0, shape[0]), slice(place, place + 1), shape)
+            for place, key in enumerate(key for key in ("weight", "bias") if key in keys)
+        )
+        return [Part(Block(self.name, size, len(pieces), pieces), "weight" in keys, "bias" in keys)]
+
+    def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
+        """See :class:`Layer`."""
+        columns = []
+        if part.weight:
+            normalised = _normalised(self.module, value).reshape(delta.shape[1:])
+            columns.append(self._summed(delta * normalised))
+        if part.bias:
+            columns.append(self._summed(delta))
+        formed = torch.stack(columns, dim=-1).transpose(0, 1)  # (B, S, size, columns)
+        return FormedFactors(part.block, formed.reshape(*formed.shape[:2], part.block.num_outputs, -1))
+
+    def _summed(self, products: Tensor) -> Tensor:
+        """Sum ``(S, B, k, ...)`` over positions to ``(S, B, size)``."""
+        if isinstance(self.module, nn.LayerNorm | nn.RMSNorm):  # one parameter for each coordinate of the last axes
+            return products.flatten(-self.weight.ndim).flatten(2, -2).sum(dim=2)
+        return products.flatten(4).sum(dim=(2, 4)) if products.ndim > 4 else products.sum(dim=2)
+
+
+class PReLULayer(Layer):
+    """``nn.PReLU``: a slope for all channels, or one for each."""
+
+    def blocks(self, keys: set[str]) -> list[Part]:
+        """See :class:`Layer`."""
+        return [Part(single(self.names["weight"], tuple(self.weight.shape)), weight=True, bias=False)]
+
+    def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
+        """See :class:`Layer`."""
+        products = delta * value.clamp(max=0).reshape(delta.shape[1:])  # (S, B, k, C, ...)
+        channels = len(self.weight)
+        if channels > 1:
+            summed = products.reshape(*products.shape[:3], channels, -1).sum(dim=(2, 4))
+        else:
+            summed = products.flatten(2).sum(dim=2, keepdim=True)
+        return FormedFactors(part.block, summed.transpose(0, 1)[..., None])
+
+
+def _normalised(module: nn.Module, value: Tensor) -> Tensor:
+    """Return a normalisation's output before its scale and shift."""
+    if isinstance(module, nn.LayerNorm):
+        return functional.layer_norm(value, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return functional.rms_norm(value, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return functional.group_norm(value, module.num_groups, eps=module.eps)
+    norm = cast(nn.modules.batchnorm._NormBase, module)
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        own = norm.training or not norm.track_running_stats
+        return functional.instance_norm(value, norm.running_mean, norm.running_var, use_input_stats=own, eps=norm.eps)
+    return functional.batch_norm(value, norm.running_mean, norm.running_var, training=False, eps=norm.eps)
+
+
+_KINDS: dict[type[nn.Module], type[Layer]] = {
+    nn.Linear: LinearLayer,
+    nn.Conv1d: ConvolutionLayer,
+    nn.Conv2d: ConvolutionLayer,
+    nn.Conv3d: ConvolutionLayer,
+    nn.Embedding: EmbeddingLayer,
+    nn.LayerNorm: NormalisationLayer,
+    nn.GroupNorm: NormalisationLayer,
+    nn.RMSNorm: NormalisationLayer,
+    nn.modules.batchnorm._NormBase: NormalisationLayer,
+    nn.PReLU: PReLULayer,
+}
+
+
+def layer_of(name: str, module: nn.Module, names: dict[str, str]) -> Layer | None:
+    """Return the formula of a module, or None: a subclass with a forward of its own is another kind of module.
+
+    Args:
+        name: the module's name.
+        module: any module.
+        names: full names of its own parameters, by their names in the module.
+    """
+    if not isinstance(module._parameters.get("weight"), nn.Parameter) or parametrize.is_parametrized(module):
+        return None
+    if not names.keys() <= {"weight", "bias"}:
+        return None
+    if _is_transposed_linear(module):
+        return LinearLayer(name, module, names)
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return None
+    for kind, formula in _KINDS.items():
+        if isinstance(module, kind) and _forward(type(module)) is _stock_forward(type(module), kind):
+            return formula(name, module, names)
+    return None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the ``Conv1D`` of the library ``transformers``: a linear layer with weight ``(A, O)``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _forward(kind: type[Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], kind.forward)
+
+
+def _stock_forward(kind: type[nn.Module], base: type[nn.Module]) -> Callable[..., Any] | None:
+    """Return the forward that ``kind`` would have without one of its own: its nearest stock ancestor's."""
+    for ancestor in kind.__mro__:
+        if ancestor.__module__.startswith("torch.nn.modules.") and issubclass(ancestor, base):
+            return _forward(ancestor)
+    return None

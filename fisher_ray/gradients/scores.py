@@ -1,181 +1,179 @@
-"""Scores ``s_c(x) = ∇_θ log p_θ(c|x)`` as factors, and formed in full where they are asked for."""
+"""Scores ``s_y(x) = ∇_θ log p_θ(y|x)`` as factors, and formed in full where they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
-from fisher_ray.errors import DataError
-from fisher_ray.gradients.capture import Trace, find_blocks, trace
-from fisher_ray.gradients.layers import Block
+from fisher_ray.errors import ModelError
+from fisher_ray.gradients.capture import Axis, Call, Sites, Trace, for_each, trace
+from fisher_ray.gradients.discovery import discover
+from fisher_ray.gradients.factors import Factors
+from fisher_ray.gradients.forming import Scores, form_gradients
+from fisher_ray.gradients.general import formed_factors
+from fisher_ray.gradients.likelihood import Likelihood, Softmax
+from fisher_ray.gradients.network import choose_parameters
+from fisher_ray.gradients.outputs import Inputs, pull_back, rows, tensors
+from fisher_ray.gradients.verification import verify
 
-
-@dataclass(frozen=True)
-class Factors:
-    """Both factors of one call of one block.
-
-    Attributes:
-        block: the block.
-        value: the layer's input, as the layer got it, ``(B, ...)``.
-        deltas: ``δ``, shape ``(S, B, O, T)``; ``S`` is ``C`` for all classes, else 1.
-    """
-
-    block: Block
-    value: Tensor
-    deltas: Tensor
-
-    def inputs(self) -> Tensor:
-        """Return ``a``, shape ``(B, A, T)``."""
-        return self.block.inputs(self.value)
-
-    def gradient(self) -> Tensor:
-        """Return ``Σ_t δ_t a_tᵀ``, shape ``(B, S, O, A)``."""
-        num_scores, batch, num_outputs, num_positions = self.deltas.shape
-        deltas = self.deltas.transpose(0, 1).reshape(batch, num_scores * num_outputs, num_positions)
-        return torch.bmm(deltas, self.inputs().transpose(1, 2)).reshape(batch, num_scores, num_outputs, -1)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of one batch, as factors.
-
-    Attributes:
-        logits: ``(B, C)``, detached.
-        hidden: the last layer's input ``(B, H)``, or None.
-        factors: one entry a block and call.
-    """
-
-    logits: Tensor
-    hidden: Tensor | None
-    factors: list[Factors]
+FIRST = Axis(0, 1)
 
 
 class ScoreEngine:
     """Computes factors of scores for one network.
 
+    On its first batch the network is looked at (:mod:`fisher_ray.gradients.discovery`), and what the factors add up to
+    is compared with a plain backward pass (:mod:`fisher_ray.gradients.verification`).
+
     Args:
         model: the network, whose rows must not depend on each other.
-        parameters: glob over parameter names.
+        parameters: glob over parameter names, or the names. By a glob, frozen parameters are left out, unless all are.
+        likelihood: what the output says of a target; by default, logits of classes.
+
+    Attributes:
+        model: the network.
+        likelihood: as given.
+        blocks: in the network's order.
+        parameters: the names of the parameters whose gradients are taken.
 
     Raises:
-        ModelError: see :func:`fisher_ray.gradients.capture.find_blocks`.
+        ModelError: see :func:`fisher_ray.gradients.network.choose_parameters`.
     """
 
-    def __init__(self, model: nn.Module, parameters: str = "*") -> None:
+    def __init__(
+        self, model: nn.Module, parameters: str | Collection[str] = "*", likelihood: Likelihood | None = None
+    ) -> None:
         """See the class."""
-        self.model = model
-        self.blocks = find_blocks(model, parameters)
-        self._layers = list(dict.fromkeys(block.layer for block in self.blocks))
+        self.model, self.likelihood = model, likelihood or Softmax()
+        self._chosen, self._asked = choose_parameters(model, parameters), parameters
+        self.blocks, self.parameters = self._chosen.blocks, self._chosen.names
+        self._sites: Sites | None = None
+        self._num_verified = 0
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
         """``(O, A)`` of every block."""
         return {block.name: (block.num_outputs, block.num_inputs) for block in self.blocks}
 
-    def all_classes(self, inputs: Tensor, *, weighted: bool = True) -> Scores:
-        """Scores of all ``C`` classes by one batched backward, weighted by ``√p_c`` if ``weighted``; ``S = C``."""
-        run = trace(self.model, inputs, self._layers)
-        probabilities = run.logits.detach().softmax(dim=1)
-        one_hot = torch.eye(run.logits.shape[1], dtype=run.logits.dtype, device=run.logits.device)
-        cotangents = one_hot - probabilities[:, None]  # (B, C, C)
-        if weighted:
-            cotangents = cotangents * probabilities.sqrt()[:, :, None]
-        return self._backward(run, cotangents.transpose(0, 1).contiguous())
+    @property
+    def selection(self) -> str | list[str]:
+        """What chooses the same parameters in another copy of the network, whatever is frozen there."""
+        matching = [name for name, _ in self.model.named_parameters() if fnmatchcase(name, str(self._asked))]
+        return str(self._asked) if matching == self.parameters else self.parameters
 
-    def of_labels(self, inputs: Tensor, labels: Tensor | Callable[[Tensor], Tensor]) -> Scores:
-        """Scores of one label a sample; ``S = 1``.
+    def all_classes(self, inputs: Inputs, *, weighted: bool = True) -> Scores:
+        """Scores of all targets by one batched backward: of all ``C`` classes, weighted by ``√p_c`` if ``weighted``.
+
+        Raises:
+            ModelError: if the network's gradients cannot be had; a layer is named.
+            RequestError: if the likelihood has too many targets.
+        """
+        return self._scores(inputs, lambda output: self.likelihood.all_scores(output, weighted=weighted))
+
+    def of_labels(self, inputs: Inputs, labels: Tensor | Callable[[Tensor], Tensor]) -> Scores:
+        """Scores of one target a sample; ``S = 1``.
 
         Args:
             inputs: ``(B, ...)``.
-            labels: int64 ``(B,)``, or a function that draws them from the probabilities ``(B, C)``.
+            labels: the targets, for classes int64 ``(B,)``; or a function that draws them from the output.
 
         Raises:
-            DataError: if a label is not in ``[0, C)``.
+            ModelError: if the network's gradients cannot be had; a layer is named.
+            DataError: if a target does not fit.
         """
-        run = trace(self.model, inputs, self._layers)
-        num_classes = run.logits.shape[1]
-        probabilities = run.logits.detach().softmax(dim=1)
-        if not isinstance(labels, Tensor):
-            labels = labels(probabilities)
-        wrong = (labels < 0) | (labels >= num_classes)
-        if labels.shape != (len(inputs),) or bool(wrong.any()):
-            given = f"label {int(labels[wrong][0])}" if labels.shape == (len(inputs),) else f"shape {labels.shape}"
-            raise DataError(f"targets: {given}; the rule is one integer in [0, {num_classes}) for each sample")
-        target = nn.functional.one_hot(labels, num_classes).to(probabilities)
-        return self._backward(run, (target - probabilities)[None])
 
-    def _backward(self, run: Trace, cotangents: Tensor) -> Scores:
-        calls = [(name, a, y) for name, kept in run.calls.items() for a, y in kept]
-        outputs = [y for _, _, y in calls]
-        batched = len(cotangents) > 1
-        deltas = torch.autograd.grad(
-            run.logits, outputs, cotangents if batched else cotangents[0], is_grads_batched=batched, allow_unused=True
-        )
-        factors = []
-        by_layer: dict[str, list[Block]] = {}
-        for block in self.blocks:
-            by_layer.setdefault(block.layer, []).append(block)
-        for (name, value, _), delta in zip(calls, deltas, strict=True):
-            if delta is None:  # the logits do not depend on this call
-                continue
-            delta = delta if batched else delta[None]
-            factors += [Factors(block, value, block.deltas(delta)) for block in by_layer[name]]
-        return Scores(run.logits.detach(), run.hidden, factors)
+        def start(output: Tensor) -> Tensor:
+            targets = labels if isinstance(labels, Tensor) else labels(output)
+            return self.likelihood.score(output, targets)[None]
+
+        return self._scores(inputs, start)
+
+    def _scores(self, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
+        batch = len(tensors(inputs)[0])
+        if self._sites is None:
+            self._sites = discover(self.model, inputs, self.blocks, self._chosen.layers, self._chosen.parts)
+        if self._num_verified < min(batch, 2):  # with one sample alone, nothing can be mixed up with another
+            self._num_verified = min(batch, 2)
+            verify(self.model, rows(inputs, slice(0, 2)), self.blocks, self._compute)
+        return self._compute(inputs, start)
+
+    def _compute(self, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
+        batch = len(tensors(inputs)[0])
+        assert self._sites is not None
+        with trace(self.model, inputs, self._sites, batch) as run:
+            if len(run.output) != batch:
+                raise ModelError(f"the network's output is {tuple(run.output.shape)} for {batch} samples")
+            self.likelihood.check(run.output)
+            cotangents = start(run.output.detach())
+            deltas = _backward(run, cotangents)
+        factors = [item for call, parts in zip(run.calls, deltas, strict=True) for item in _factors(call, parts, batch)]
+        return Scores(run.output.detach(), run.hidden, len(cotangents), factors)
 
 
-def _formed(engine: ScoreEngine, scores: Scores) -> dict[str, Tensor]:
-    """Form parameters' gradients ``(B, S, *shape)`` from factors, groups joined and calls added."""
-    batch, num_scores = len(scores.logits), scores.factors[0].deltas.shape[0]
-    out: dict[str, Tensor] = {}
-    parameters = dict(engine.model.named_parameters())
-    for block in engine.blocks:
-        for key in ("weight", "bias"):
-            if getattr(block, key):
-                name = f"{block.layer}.{key}" if block.layer else key
-                out[name] = scores.logits.new_zeros(batch, num_scores, *parameters[name].shape)
-    for item in scores.factors:
-        rows = slice(item.block.group * item.block.num_outputs, (item.block.group + 1) * item.block.num_outputs)
-        for key, part in item.block.split(item.gradient()).items():
-            name = f"{item.block.layer}.{key}" if item.block.layer else key
-            out[name][:, :, rows] += part
-    return out
+def _backward(run: Trace, cotangents: Tensor) -> list[list[Tensor | None]]:
+    """Return the gradients ``(S, ...)`` at every call's outputs."""
+    outputs = [value for item in run.calls for value in item.outputs if value is not None]
+    if not outputs or not run.output.requires_grad:
+        return [[None] * len(item.outputs) for item in run.calls]
+    batched = len(cotangents) > 1
+    found = pull_back(run.output, outputs, cotangents if batched else cotangents[0], batched=batched)
+    left: Iterator[Tensor | None] = iter(found)
+    deltas = [[next(left) if value is not None else None for value in item.outputs] for item in run.calls]
+    return [[d if d is None or batched else d[None] for d in parts] for parts in deltas]
 
 
-def per_sample_gradients(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def _factors(call: Call, deltas: list[Tensor | None], batch: int) -> list[Factors]:
+    if all(delta is None for delta in deltas):  # the output does not depend on this call
+        return []
+    if call.site.layer is None:
+        return list(formed_factors(call, deltas))
+    (delta,), (axis,) = deltas, call.layout.outputs
+    if delta is None or axis is None:
+        raise ModelError(f"layer {call.site.name!r} returns no tensor with a row for each sample")
+    place = next(place for place, value in enumerate(call.arguments) if isinstance(value, Tensor))
+    value, given = call.arguments[place], call.layout.arguments[place]
+    if call.layout.shared:
+        value, given = for_each(value, batch), FIRST
+    if given is None:
+        raise ModelError(f"layer {call.site.name!r} has an input without a row for each sample, and an output with one")
+    value = given.outermost(value).flatten(0, 1)
+    return [call.site.layer.factors(part, value, axis.outermost(delta, 1)) for part in call.site.parts]
+
+
+def per_sample_gradients(model: nn.Module, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
     """Gradients of each sample's cross-entropy, ``∇_θ −log p_θ(y|x)``.
 
     Args:
-        model: network with Linear and Conv2d parameters, logits ``(B, C)``.
-        inputs: ``(B, ...)``.
+        model: network in eval mode, logits ``(B, C)``.
+        inputs: ``(B, ...)``, or several tensors in a tuple or by name.
         targets: int64 ``(B,)`` in ``[0, C)``.
 
     Returns:
-        For every parameter its gradients, ``(B, *shape)``; a row does not depend on the others.
+        For every parameter that is not frozen its gradients, ``(B, *shape)``; a row does not depend on the others.
 
     Raises:
-        ModelError: if the network has an unsupported layer or train-mode BatchNorm or dropout.
+        ModelError: if the network has train-mode batch normalisation or dropout, or a layer that cannot be vectorised.
         DataError: if a target is out of range.
     """
     engine = ScoreEngine(model)
-    formed = _formed(engine, engine.of_labels(inputs, targets))
-    return {name: -value[:, 0] for name, value in formed.items()}
+    made = form_gradients(engine.blocks, model, engine.of_labels(inputs, targets))
+    return {name: -value[:, 0] for name, value in made.items()}
 
 
-def class_scores(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+def class_scores(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Scores ``s_c = ∇_θ log p_θ(c|x)`` of all classes, without the ``√p_c``.
 
     Args:
-        model: network with Linear and Conv2d parameters, logits ``(B, C)``.
-        inputs: ``(B, ...)``.
+        model: network in eval mode, logits ``(B, C)``.
+        inputs: ``(B, ...)``, or several tensors in a tuple or by name.
 
     Returns:
-        For every parameter ``(B, C, *shape)``.
+        For every parameter that is not frozen ``(B, C, *shape)``.
 
     Raises:
-        ModelError: if the network has an unsupported layer or train-mode BatchNorm or dropout.
+        ModelError: if the network has train-mode batch normalisation or dropout, or a layer that cannot be vectorised.
     """
     engine = ScoreEngine(model)
-    return _formed(engine, engine.all_classes(inputs, weighted=False))
+    return form_gradients(engine.blocks, model, engine.all_classes(inputs, weighted=False))

@@ -1,7 +1,7 @@
 """The Fisher metric: mergeable sums, Kronecker basis, low-rank metric, whitening."""
 
 from fisher_ray.metric.fisher import FisherSum, decompose, held_out_damping
-from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases
+from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases, zero_sums
 from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "decompose",
     "held_out_damping",
     "identity_bases",
+    "zero_sums",
 ]

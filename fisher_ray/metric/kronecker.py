@@ -10,6 +10,8 @@ from fisher_ray.errors import DataError
 from fisher_ray.metric.symmetric import add_gram, eigh_descending, mirror, num_above_noise
 from fisher_ray.records import LayerBasis
 
+MAX_SIDE = 8192
+"""A side of a block that is longer has the diagonal of its second moment summed alone, and coordinates as its basis."""
 BLOCK_POSITIONS = 65536
 """Positions of backpropagated factors multiplied at a time: bounds the copy that a convolution's layout needs."""
 
@@ -17,9 +19,10 @@ BLOCK_POSITIONS = 65536
 class KroneckerSums:
     """Per block ``Σ a aᵀ`` and ``Σ_c p_c Σ_t δ δᵀ`` over samples and positions, float64, mergeable by addition.
 
-    A call's products are taken in the factors' dtype, which is sound for float32: both are sums of squares, without
-    cancellation, so an entry's rounding is about 1e-6 of its rows' own sizes, and the sums only choose a basis. What
-    the metric measures in that basis is summed by :class:`fisher_ray.metric.FisherSum`.
+    For gradients that are no outer products the two are ``Σ Gᵀ G`` and ``Σ G Gᵀ``, and ``Σ |G|²`` stands in the place
+    of the number of positions. A call's products are taken in the factors' dtype, which is sound for float32: both are
+    sums of squares, without cancellation, so an entry's rounding is about 1e-6 of its rows' own sizes, and the sums
+    only choose a basis. What the metric measures in that basis is summed by :class:`fisher_ray.metric.FisherSum`.
     """
 
     def __init__(self) -> None:
@@ -28,27 +31,58 @@ class KroneckerSums:
 
     def add(self, block: str, inputs: Tensor, deltas: Tensor) -> None:
         """Add one call's factors: ``inputs`` ``(B, A, T)`` and, weighted by ``√p_c``, ``deltas`` ``(S, B, O, T)``."""
-        batch, num_inputs, num_positions = inputs.shape
-        add_gram(self._sum(f"{block}:inputs", inputs, num_inputs), inputs.transpose(0, 1).flatten(1).T)
-        outputs = self._sum(f"{block}:outputs", deltas, deltas.shape[2])
+        batch, _, num_positions = inputs.shape
+        self._add(f"{block}:inputs", inputs.transpose(0, 1).flatten(1).T)
         for part in torch.split(deltas, max(1, BLOCK_POSITIONS // max(1, batch * num_positions))):
-            add_gram(outputs, part.permute(2, 0, 1, 3).flatten(1).T)
-        self._sum(f"{block}:positions", inputs).add_(batch * num_positions)
+            self._add(f"{block}:outputs", part.permute(2, 0, 1, 3).flatten(1).T)
+        self._total(f"{block}:positions", inputs).add_(batch * num_positions)
 
-    def _sum(self, key: str, like: Tensor, *size: int) -> Tensor:
+    def add_tokens(self, block: str, tokens: Tensor, deltas: Tensor, num_tokens: int) -> None:
+        """Add an embedding's factors: ``tokens`` ``(B, T)`` in ``[0, num_tokens)`` and ``deltas`` ``(S, B, T, A)``."""
+        counts = torch.bincount(tokens.flatten(), minlength=num_tokens).double()
+        outputs = self._total(f"{block}:outputs", deltas, *[num_tokens] * (1 if num_tokens > MAX_SIDE else 2))
+        (outputs if outputs.ndim == 1 else outputs.diagonal()).add_(counts)
+        self._add(f"{block}:inputs", deltas.flatten(0, 2))
+        self._total(f"{block}:positions", deltas).add_(tokens.numel())
+
+    def add_gradient(self, block: str, gradient: Tensor) -> None:
+        """Add gradients that are no outer products, ``(B, S, O, A)``: both sides' products, and the sum of squares."""
+        self._add(f"{block}:inputs", gradient.flatten(0, 2))
+        self._add(f"{block}:outputs", gradient.transpose(2, 3).flatten(0, 2))
+        self._total(f"{block}:positions", gradient).add_(gradient.double().square().sum())
+
+    def _add(self, key: str, rows: Tensor) -> None:
+        size = rows.shape[1]
+        if size > MAX_SIDE:
+            self._total(key, rows, size).add_(rows.square().sum(0))
+        else:
+            add_gram(self._total(key, rows, size, size), rows)
+
+    def _total(self, key: str, like: Tensor, *shape: int) -> Tensor:
         if key not in self._sums:
-            self._sums[key] = torch.zeros(size * 2, dtype=torch.float64, device=like.device)
+            self._sums[key] = torch.zeros(shape, dtype=torch.float64, device=like.device)
         return self._sums[key]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Return ``<block>:inputs`` ``(A, A)``, ``<block>:outputs`` ``(O, O)`` and ``<block>:positions`` ``()``.
 
-        Adding the arrays of several sums element by element merges the sums.
+        A side longer than :data:`MAX_SIDE` has its diagonal alone. Adding the arrays of several sums element by element
+        merges the sums.
         """
         for total in self._sums.values():
-            if total.ndim:
+            if total.ndim == 2:
                 mirror(total)
         return {key: value.cpu().numpy() for key, value in self._sums.items()}
+
+
+def zero_sums(shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Return the arrays of sums over no samples, for blocks of the shapes ``(O, A)``."""
+    found = {}
+    for name, (num_outputs, num_inputs) in shapes.items():
+        for side, size in (("inputs", num_inputs), ("outputs", num_outputs)):
+            found[f"{name}:{side}"] = np.zeros((size,) if size > MAX_SIDE else (size, size))
+        found[f"{name}:positions"] = np.zeros(())
+    return found
 
 
 def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]], dim: int) -> dict[str, LayerBasis]:
@@ -94,20 +128,30 @@ def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]]
 
 
 def _basis(name: str, vectors_in: Tensor, vectors_out: Tensor, flat: Tensor) -> LayerBasis:
-    num_inputs = vectors_in.shape[1]
+    num_inputs = vectors_in.shape[-1]
     outputs, inputs = flat // num_inputs, flat % num_inputs
     width_out, width_in = int(outputs.max()) + 1, int(inputs.max()) + 1  # eigenvalues descend: a leading block
     pairs = torch.stack([outputs, inputs], dim=1)
-    columns_in, columns_out = vectors_in[:, :width_in], vectors_out[:, :width_out]
-    return LayerBasis(name, columns_in.float().contiguous(), columns_out.float().contiguous(), pairs)
+    return LayerBasis(name, _columns(vectors_in, width_in), _columns(vectors_out, width_out), pairs)
+
+
+def _columns(vectors: Tensor, width: int) -> Tensor:
+    if vectors.ndim == 2:
+        return vectors[:, :width].float().contiguous()
+    columns = torch.zeros(len(vectors), width)
+    columns[vectors[:width], torch.arange(width)] = 1
+    return columns
 
 
 def _eigh(matrix: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending, those of rounding alone set to zero, and sign-fixed eigenvectors."""
+    """Eigenvalues, descending, those of rounding alone set to zero, and sign-fixed eigenvectors.
+
+    Of a diagonal, the eigenvectors' places.
+    """
     tensor = torch.tensor(matrix, dtype=torch.float64)
     if not bool(torch.isfinite(tensor).all()):
         raise DataError(f"the factors of layer {name!r} sum to NaN or infinity: look for extreme inputs or weights")
-    values, vectors = eigh_descending(tensor)
+    values, vectors = tensor.sort(descending=True, stable=True) if tensor.ndim == 1 else eigh_descending(tensor)
     values[num_above_noise(values) :] = 0
     return values, vectors
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fisher_ray.config import Config
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, Scores, draw_labels
+from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, Scores
 from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric
 from fisher_ray.records import Batch
 from fisher_ray.stages.workbench import Facts
@@ -26,7 +25,7 @@ def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int) -> S
     if labels == "all":
         return engine.all_classes(batch.inputs)
     return engine.of_labels(
-        batch.inputs, partial(draw_labels, labels, labels=batch.labels, index=batch.index, seed=seed)
+        batch.inputs, lambda output: engine.likelihood.draw(labels, output, batch.labels, batch.index, seed)
     )
 
 
@@ -35,7 +34,7 @@ def kronecker_pass(engine: ScoreEngine, batches: Iterable[Batch], labels: str, s
     sums = KroneckerSums()
     for batch in batches:
         for item in batch_scores(engine, batch, labels, seed).factors:
-            sums.add(item.block.name, item.inputs(), item.deltas)
+            item.add_moments(sums)
     return sums.to_arrays()
 
 

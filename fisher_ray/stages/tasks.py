@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fisher_ray.metric import LowRankMetric, bases_from, basis_arrays, choose_bases, decompose, identity_bases
+from fisher_ray.metric import (
+    LowRankMetric,
+    bases_from,
+    basis_arrays,
+    choose_bases,
+    decompose,
+    identity_bases,
+    zero_sums,
+)
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages import shallow
 from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
@@ -24,11 +32,10 @@ def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, 
     start, skipped = time.monotonic(), dict[int, str]()
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
     sums = kronecker_pass(bench.engine, batches, bench.config.scores.labels, bench.config.seed)
-    for name, (num_outputs, num_inputs) in bench.facts.block_shapes.items():
-        if f"{name}:positions" not in sums:  # every row was skipped, but all units' sums have to have the same names
-            sums[f"{name}:inputs"], sums[f"{name}:outputs"] = np.zeros((num_inputs,) * 2), np.zeros((num_outputs,) * 2)
-            sums[f"{name}:positions"] = np.zeros(())
-    return _receipt(unit, attempt, start, skipped), sums
+    return _receipt(unit, attempt, start, skipped), {
+        **zero_sums(bench.facts.block_shapes),
+        **sums,
+    }  # the same names in all
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
@@ -109,7 +116,7 @@ def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) 
     eigvals, eigvecs, damping = decompose(sums, settings.rank, settings.damping)
     arrays, kept = load_arrays(bench.url("basis.zarr"))
     scores = bench.config.scores
-    attributes = {"fingerprints": fingerprints, "labels": scores.labels, "parameters": scores.parameters}
+    attributes = {"fingerprints": fingerprints, "labels": scores.labels, "parameters": bench.engine.selection}
     metric = LowRankMetric(bases_from(arrays, kept["blocks"]), eigvals, eigvecs, damping, attributes)
     metric.save(bench.url("metric.zarr"))
     num_samples = float(sums["counts"].sum())

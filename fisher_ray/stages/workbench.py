@@ -162,10 +162,12 @@ def inspect_request(config: Config) -> Facts:
         raise ConfigError(f"linear.views 2 mirrors pictures, and a sample has shape {shape}. Set linear.views: 1.")
     if config.base is not None:
         fingerprints["model"] = hashlib.sha256(repr(model).encode() + network_bytes(model)).hexdigest()
-    logits, hidden = _try_network(model, engine, shape)
+    inputs = torch.zeros(1, *shape)
     for batch in _first_rows(sources["shallow"], shape):
-        fingerprints["transformed"] = hashlib.sha256(batch.inputs[0].numpy().tobytes()).hexdigest()
-        _refuse_dependent_rows(model, batch.inputs)
+        inputs = batch.inputs
+        fingerprints["transformed"] = hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest()
+    _refuse_dependent_rows(model, inputs)
+    logits, hidden = _try_network(engine, inputs)
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in engine.block_shapes.values())
@@ -185,9 +187,9 @@ def inspect_request(config: Config) -> Facts:
     )
 
 
-def _try_network(model: nn.Module, engine: ScoreEngine, shape: tuple[int, ...]) -> tuple[int, int | None]:
-    with _naming_shape(shape):
-        scores = engine.all_classes(torch.zeros(1, *shape))
+def _try_network(engine: ScoreEngine, inputs: torch.Tensor) -> tuple[int, int | None]:
+    with _naming_shape(tuple(inputs.shape[1:])):
+        scores = engine.all_classes(inputs)
     return scores.logits.shape[1], None if scores.hidden is None else scores.hidden.shape[1]
 
 

@@ -1,10 +1,14 @@
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fisher_ray import class_scores, per_sample_gradients
 from fisher_ray.errors import DataError, ModelError
-from fisher_ray.gradients import ScoreEngine
+from fisher_ray.gradients import ScoreEngine, form_gradients
+from fisher_ray.gradients.factors import AffineFactors
 from tests.gradients.networks import NETWORKS, make
 from tests.reference import gradients as reference
 
@@ -63,19 +67,9 @@ def test_weighted_scores_sum_to_the_samples_exact_fisher():
     p = model(inputs).softmax(dim=1)[0].detach()
 
     engine = ScoreEngine(model)
-    scores = engine.all_classes(inputs)
-    rows = torch.cat([item.gradient()[0].flatten(1) for item in scores.factors], dim=1)  # blocks in order, (C, P)
-    order = torch.cat([_columns(model, block.layer) for block in engine.blocks])
-    torch.testing.assert_close(rows.T @ rows, (flat.T @ (torch.diag(p) - torch.outer(p, p)) @ flat)[order][:, order])
-
-
-def _columns(model, layer):
-    """Positions in the flat parameter vector of one Linear's (O, A) entries, the bias last in each row."""
-    starts, start = {}, 0
-    for name, parameter in model.named_parameters():
-        starts[name] = torch.arange(start, start + parameter.numel()).reshape(parameter.shape)
-        start += parameter.numel()
-    return torch.cat([starts[f"{layer}.weight"], starts[f"{layer}.bias"][:, None]], dim=1).flatten()
+    formed = form_gradients(engine.blocks, model, engine.all_classes(inputs))
+    rows = torch.cat([value[0].flatten(1) for value in formed.values()], dim=1)  # (C, P)
+    torch.testing.assert_close(rows.T @ rows, flat.T @ (torch.diag(p) - torch.outer(p, p)) @ flat)
 
 
 def test_parameters_of_the_glob_alone_are_taken_and_frozen_networks_work():
@@ -96,19 +90,21 @@ def test_some_parameters_give_the_same_gradients_as_all(parameters):
     labels = torch.tensor([0, 1, 2])
     everything = per_sample_gradients(model, inputs, labels)
     engine = ScoreEngine(model, parameters)
-    for item in engine.of_labels(inputs, labels).factors:
-        rows = slice(item.block.group * item.block.num_outputs, (item.block.group + 1) * item.block.num_outputs)
-        for key, part in item.block.split(-item.gradient()[:, 0]).items():
-            torch.testing.assert_close(part, everything[f"{item.block.layer}.{key}"][:, rows], **TOLERANCE)
+    formed = form_gradients(engine.blocks, model, engine.of_labels(inputs, labels))
+    assert list(formed) == engine.parameters == [name for name in everything if fnmatchcase(name, parameters)]
+    for name, value in formed.items():
+        torch.testing.assert_close(-value[:, 0], everything[name], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_projecting_inputs_equals_projecting_the_unfolded_factor(name):
     model, inputs = make(name, 3)
     for item in ScoreEngine(model).of_labels(inputs, torch.zeros(3, dtype=torch.long)).factors:
-        basis = torch.randn(item.block.num_inputs, 4, dtype=torch.float64)
-        expected = torch.einsum("ai,bat->bit", basis, item.inputs())
-        torch.testing.assert_close(item.block.project_inputs(item.value, basis), expected, **TOLERANCE)
+        if isinstance(item, AffineFactors):
+            basis = torch.randn(item.block.num_inputs, 4, dtype=torch.float64)
+            expected = torch.einsum("ai,bat->bit", basis, item.inputs())
+            torch.testing.assert_close(item.source.project(basis), expected, **TOLERANCE)
+            assert item.source.num_positions == expected.shape[2]
 
 
 def test_the_last_linear_layers_input_is_the_hidden_layer():
@@ -145,26 +141,19 @@ def test_scores_can_be_taken_where_gradients_are_switched_off():
         torch.testing.assert_close(class_scores(model, inputs), expected, rtol=0, atol=0)
 
 
-def tied():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (tied(), ["'0'", "'1'", "share their weight"]),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2)), ["'1'", "eval()"]),
         (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)), ["'1'", "Dropout", "eval()"]),
-        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval(), ["'1'", "LayerNorm", "Conv2d", "Linear"]),
+        (nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1)), ["'0'", "MultiheadAttention", "eval()"]),
         (nn.Sequential(nn.Flatten()), ["no parameter", "'*'"]),
         (
             nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, affine=False, track_running_stats=False)).eval(),
             ["'1'", "no running statistics", "track_running_stats=True"],
         ),
     ],
-    ids=["tied", "batch norm", "dropout", "layer norm", "nothing", "batch norm without statistics"],
+    ids=["batch norm", "dropout", "attention", "nothing", "batch norm without statistics"],
 )
 def test_a_network_that_has_no_per_sample_gradient_is_refused(model, words):
     with pytest.raises(ModelError) as caught:
@@ -173,32 +162,99 @@ def test_a_network_that_has_no_per_sample_gradient_is_refused(model, words):
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("output", ["three axes", "tuple"])
-def test_an_output_that_is_not_logits_is_refused(output):
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (lambda y: y[:, None], r"is \(2, 1, 3\), not logits of shape \(B, C\)"),
+        (lambda y: {"hidden": y}, "output is dict: not a tensor"),
+        (lambda y: y.argmax(1), "int64, which has no gradient"),
+        (lambda y: y.sum(0), r"is \(3,\): not one row for each sample"),
+        (lambda y: y.sum(), r"is \(\): not one row for each sample"),
+    ],
+    ids=["three axes", "no logits", "integers", "summed", "number"],
+)
+def test_an_output_that_is_not_logits_is_refused(output, words):
     class Wrong(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(4, 3)
 
         def forward(self, x):
-            y = self.layer(x)
-            return (y,) if output == "tuple" else y[:, None]
+            return output(self.layer(x))
 
-    with pytest.raises(ModelError, match=r"not logits of shape \(B, C\)"):
+    with pytest.raises(ModelError, match=words):
         class_scores(Wrong(), torch.zeros(2, 4))
 
 
-def test_an_output_overwritten_by_hand_is_refused():
-    class Wrong(nn.Module):
+class Rows(nn.Module):
+    """Layers between whose calls a function is applied."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(4, 4), nn.Linear(4, 3), function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x - x.mean(0), "'first.weight' for a sample depends on the other samples"),
+        (lambda x: nn.functional.dropout(x, 0.5, training=True), "do not add up to those of a plain backward.*chance"),
+        (lambda x: torch.cat([x, x]) if len(x) > 2 else x, r"is \(6, 3\): not one row for each sample"),
+    ],
+    ids=["batch mean", "dropout", "more rows"],
+)
+def test_a_network_whose_rows_depend_on_each_other_or_on_chance_is_refused(function, words):
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=words):
+        class_scores(Rows(function), torch.randn(4, 4))
+
+
+def test_a_module_that_cannot_be_vectorised_is_refused_by_its_name():
+    class Branching(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.weight = nn.Parameter(torch.ones(4))
 
         def forward(self, x):
-            return self.last(self.first(x.clone().requires_grad_()).mul_(2))
+            return x * self.weight if float(x.detach().sum()) > 0 else x
 
-    with pytest.raises(ModelError, match="'first' is overwritten in place"):
-        class_scores(Wrong(), torch.zeros(2, 4))
+    model = nn.Sequential(nn.Linear(4, 4), Branching(), nn.Linear(4, 3))
+    with pytest.raises(ModelError, match=r"layer '1' \(Branching\) .*cannot be vectorised.*\(1\.weight\) out with"):
+        class_scores(model, torch.randn(2, 4))
+    assert ScoreEngine(model, ["0.weight", "2.bias"]).all_classes(torch.randn(2, 4)).num_scores == 3
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_is_refused():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(checkpoint(self.second, self.first(x), use_reentrant=True))
+
+    with pytest.raises(ModelError, match="use_reentrant=False"):
+        class_scores(Checkpointed(), torch.randn(2, 4))
+
+
+def test_the_way_through_the_layers_may_not_depend_on_the_data():
+    class Repeating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return self.layer(x) if float(x.detach()[0].sum()) > 100 else x
+
+    engine = ScoreEngine(Repeating())
+    engine.all_classes(torch.zeros(2, 3))
+    with pytest.raises(ModelError, match="'layer' is called more often"):
+        engine.all_classes(torch.full((2, 3), 1e4) * engine.model.layer.weight.sum(0).sign())
 
 
 @pytest.mark.parametrize("targets", [torch.tensor([0, 5]), torch.tensor([0, -1]), torch.tensor([0])])

@@ -1,0 +1,104 @@
+"""Gradients of a module without a formula: a vector-Jacobian product of the module alone, vectorised over samples.
+
+An operation that torch has no batching rule for is looped over the samples by torch: correct, and slower.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from fisher_ray.errors import ModelError
+from fisher_ray.gradients.blocks import Block
+from fisher_ray.gradients.capture import Call
+from fisher_ray.gradients.factors import FormedFactors
+from fisher_ray.gradients.outputs import main_output
+
+
+def formed_factors(call: Call, deltas: list[Tensor | None]) -> list[FormedFactors]:
+    """Return the gradients of a site's ``parameters`` from one of its calls.
+
+    Args:
+        call: the call.
+        deltas: the gradients at its outputs, ``(S, ...)``, None where the network does not depend on one.
+
+    Raises:
+        ModelError: if the module cannot be vectorised.
+    """
+    site = call.site
+    samples = [
+        axis.outermost(value)
+        for value, axis in zip(call.arguments, call.layout.arguments, strict=True)
+        if axis is not None
+    ]
+    pulled = [
+        axis.outermost(delta, 1)  # (S, B, k, ...)
+        for axis, delta in zip(call.layout.outputs, deltas, strict=True)
+        if axis is not None and delta is not None
+    ]
+    reached = [delta is not None for delta in deltas]
+    try:
+        with _vectorising():
+            gradients = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(samples, pulled)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise ModelError(
+            f"layer {site.name!r} ({type(site.module).__name__}) has no gradient formula and cannot be vectorised over "
+            f"samples: {reason} Leave its parameters ({', '.join(site.parameters)}) out with scores.parameters."
+        ) from error
+    return [FormedFactors(block, _joined(block, site.parameters, gradients)) for block in site.blocks]
+
+
+@contextmanager
+def _vectorising() -> Iterator[None]:
+    """Take attention's plain formula, as fused kernels cannot be vectorised, and accept operations that torch loops."""
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+        yield
+
+
+def _of_sample(call: Call, reached: list[bool], sample: list[Tensor], deltas: list[Tensor]) -> dict[str, Tensor]:
+    """Return one sample's gradients ``(S, *shape)``, from its arguments ``(k, ...)`` and ``deltas`` ``(S, k, ...)``."""
+    site, layout = call.site, call.layout
+    values = {name: parameter.detach() for name, parameter in site.module.named_parameters(remove_duplicate=False)}
+    wanted = {name: values.pop(name) for name in site.parameters.values()}
+
+    def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
+        given = iter(sample)
+        flat = [
+            value if axis is None else next(given).movedim(0, axis.dim)
+            for value, axis in zip(call.arguments, layout.arguments, strict=True)
+        ]
+        args, kwargs = tree_unflatten(flat, call.structure)
+        made = functional_call(site.module, {**values, **parameters}, args, kwargs)
+        leaves = tree_leaves(made) if site.name else [main_output(made)]
+        return [
+            axis.outermost(leaf)[0]
+            for leaf, axis, wanted in zip(leaves, layout.outputs, reached, strict=True)
+            if wanted and axis is not None
+        ]
+
+    pull = vjp(outputs, wanted)[1]
+    gradients: dict[str, Tensor] = vmap(lambda *parts: pull(list(parts))[0])(*deltas)
+    return gradients
+
+
+def _joined(block: Block, names: Mapping[str, str], gradients: dict[str, Tensor]) -> Tensor:
+    """Return ``(B, S, O, A)`` of the parameters' gradients ``(B, S, *shape)``."""
+    columns = []
+    for piece in block.pieces:
+        part = gradients[names[piece.parameter]]
+        part = part if piece.rows is None else part[:, :, piece.rows]
+        part = part.reshape(*part.shape[:2], -1, piece.shape[-1]) if piece.transposed else part
+        columns.append(
+            part.transpose(2, 3) if piece.transposed else part.reshape(*part.shape[:2], block.num_outputs, -1)
+        )
+    return torch.cat(columns, dim=3)

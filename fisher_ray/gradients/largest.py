@@ -1,0 +1,55 @@
+"""The largest entries of each sample's gradient, layer by layer, as Daróczy et al. (2018) keep them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisher_ray.gradients.blocks import Block
+from fisher_ray.gradients.forming import Scores
+
+
+class LargestEntries:
+    """Keeps a fixed share of every block's entries, those with the largest absolute values.
+
+    Args:
+        blocks: of the engine that makes the scores.
+        share: of a block's entries; at least one is kept.
+
+    Attributes:
+        dim: ``P``: entries of all blocks, each flattened by rows, one block after another.
+        num_kept: ``K``: kept entries of one score, in the blocks' order.
+    """
+
+    def __init__(self, blocks: Sequence[Block], share: float = 0.15) -> None:
+        """See the class."""
+        self._blocks, self._starts, self._kept = list(blocks), dict[str, int](), dict[str, int]()
+        self.dim = 0
+        for block in blocks:
+            size = block.num_outputs * block.num_inputs
+            self._starts[block.name], self._kept[block.name] = self.dim, max(1, math.floor(share * size))
+            self.dim += size
+        self.num_kept = sum(self._kept.values())
+
+    def compress(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return values and int32 coordinates, each ``(B, S, K)``; within a block the coordinates ascend."""
+        shape = (len(scores.logits), scores.num_scores, self.num_kept)
+        values = scores.logits.new_zeros(shape)
+        coordinates = torch.zeros(shape, dtype=torch.int32, device=values.device)
+        place = 0
+        for block in self._blocks:
+            kept, start = self._kept[block.name], self._starts[block.name]
+            part = slice(place, place + kept)
+            place += kept
+            calls = [item.gradient().flatten(2) for item in scores.factors if item.block.name == block.name]
+            if calls:
+                gradient = sum(calls[1:], start=calls[0])
+                chosen = gradient.abs().topk(kept, dim=2, sorted=False).indices.sort(dim=2).values
+                values[:, :, part] = gradient.gather(2, chosen)
+                coordinates[:, :, part] = (chosen + start).int()
+            else:
+                coordinates[:, :, part] = torch.arange(start, start + kept, device=values.device)
+        return values, coordinates

@@ -1,0 +1,95 @@
+"""What goes into a network and comes out of it: tensors, alone or in tuples, mappings and objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisher_ray.errors import ModelError, RequestError
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""One tensor; several, by position; or several, by the names of the network's arguments. Samples on the first axis."""
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call ``model`` on its inputs."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def tensors(inputs: Inputs) -> list[Tensor]:
+    """Return the tensors among the inputs.
+
+    Raises:
+        RequestError: if there are none, or their first axes differ.
+    """
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
+    )
+    found = [value for value in values if isinstance(value, Tensor)]
+    if not found or len({len(value) if value.ndim else -1 for value in found}) > 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in found) or "no tensor"
+        raise RequestError(f"inputs are {shapes}. Give tensors with the samples on the first axis of each.")
+    return found
+
+
+def rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
+    """Return some of the samples."""
+
+    def taken(value: Any) -> Any:
+        return value[index] if isinstance(value, Tensor) else value
+
+    if isinstance(inputs, Mapping):
+        return {name: taken(value) for name, value in inputs.items()}
+    return type(inputs)(taken(value) for value in inputs) if isinstance(inputs, tuple | list) else taken(inputs)
+
+
+def main_output(output: Any) -> Tensor:
+    """Return the tensor that the likelihood is of: ``output``, its ``logits``, or the first of a tuple.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"the network's output is {type(output).__name__}: not a tensor, a tuple that starts with one, or an "
+            "object with logits"
+        )
+    if not torch.is_floating_point(found):
+        raise ModelError(f"the network's output is of {found.dtype}, which has no gradient")
+    return found
+
+
+def pull_back(
+    output: Tensor, wanted: Sequence[Tensor], cotangents: Tensor, *, batched: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients at ``wanted``, None where ``output`` does not depend on one.
+
+    Args:
+        output: part of a graph, as are ``wanted``.
+        wanted: tensors.
+        cotangents: of ``output``'s shape, or ``(S, *shape)`` if ``batched``.
+        batched: whether there are several.
+
+    Raises:
+        ModelError: if a part of the network is checkpointed in a way that gives no gradients of single tensors.
+    """
+    try:
+        return torch.autograd.grad(output, wanted, cotangents, is_grads_batched=batched, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ModelError(
+            "the network checkpoints activations in the older way. Pass use_reentrant=False to torch.utils.checkpoint."
+        ) from error
