@@ -152,7 +152,10 @@ class RuntimeConfig(_Section):
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     unit_rows: PositiveInt = 2048
-    micro_batch: PositiveInt = 64
+    micro_batch: Literal["auto"] | PositiveInt = "auto"
+    """Samples whose scores are computed together; ``auto``: as many as ``memory_bytes`` allow, up to 64."""
+    memory_bytes: PositiveInt = 2**31
+    """What a micro-batch's tensors may hold at once in each worker, the network's weights aside."""
     max_attempts: PositiveInt = 3
     wait_s: PositiveFloat = 600.0
 

@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
@@ -65,6 +66,8 @@ def run(
     session, progress = Session(address), progress or SilentProgress()
     facts = inspect_request(config)
     journal = Journal.open(Storage(config.output), _journal_facts(config, facts), fresh=fresh, late=LATE)
+
+    facts = replace(facts, micro_batch=journal.decide("micro_batch", facts.micro_batch))
 
     def note(text: str) -> None:
         progress.note(text)

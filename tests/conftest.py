@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -56,6 +57,8 @@ _REQUIRED = {name for name in os.environ.get("FISHER_RAY_REQUIRE", "").split(","
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background; children would too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if unknown := _REQUIRED - set(_LACKS):
         raise pytest.UsageError(f"FISHER_RAY_REQUIRE names {sorted(unknown)}; known: {sorted(_LACKS)}")
 

@@ -1,4 +1,4 @@
-"""Features of all classes on tensors."""
+"""Features of the scores of all targets on tensors."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from fisher_ray.errors import ModelError, RequestError
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
+from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, likelihood_of
 from fisher_ray.metric import LowRankMetric
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import batch_features
 
 MICRO_BATCH = 64
+CUSTOM = "custom"
+"""What stands in a metric's attributes for a likelihood of the user's own."""
 
 
 class FeatureMap:
-    """Features of all classes of one network under one metric, micro-batch by micro-batch.
+    """Features of all classes (or other targets) of one network under one metric, micro-batch by micro-batch.
 
     Args:
         model: the network that ``metric`` was fitted on.
@@ -32,7 +34,12 @@ class FeatureMap:
         if views not in (1, 2):
             raise RequestError(f"views {views} is not 1 or 2")
         self._metric, self._views = metric, views
-        self._engine = ScoreEngine(model, metric.attributes.get("parameters", "*"))
+        likelihood = metric.attributes.get("likelihood", "softmax")
+        if likelihood == CUSTOM:
+            raise RequestError(
+                "features are of the scores of all targets, which a likelihood of your own does not give"
+            )
+        self._engine = ScoreEngine(model, metric.attributes.get("parameters", "*"), likelihood_of(likelihood))
         shapes = self._engine.block_shapes
         for name, basis in metric.bases.items():
             if shapes.get(name) != (len(basis.outputs), len(basis.inputs)):
@@ -77,7 +84,13 @@ class FeatureMap:
 
 
 def as_batch(inputs: Tensor, labels: Tensor | None, like: Tensor, start: int = 0) -> Batch:
-    """Return a batch of rows numbered from ``start``, on the device and in the dtype of ``like``."""
+    """Return a batch of rows numbered from ``start``, on the device of ``like`` and, unless integers, in its dtype."""
     index = torch.arange(start, start + len(inputs))
     labels = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
-    return Batch(inputs.to(like), labels.to(like.device, torch.int64), index)
+    labels = labels if labels.is_floating_point() else labels.long()
+    return Batch(to_like(inputs, like), to_like(labels, like), index)
+
+
+def to_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value`` on the device of ``like``, and in its dtype if it is of floating-point numbers."""
+    return value.to(like) if value.is_floating_point() else value.to(like.device)

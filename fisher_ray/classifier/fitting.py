@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fisher_ray.classifier.feature_map import MICRO_BATCH, FeatureMap, as_batch
+from fisher_ray.classifier.feature_map import CUSTOM, MICRO_BATCH, FeatureMap, as_batch, to_like
 from fisher_ray.config import LinearConfig
 from fisher_ray.data import Source, load_batches, plan_units
 from fisher_ray.errors import RequestError
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
+from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, likelihood_of
 from fisher_ray.linear import GramSum, LinearWeights, best_penalty, fit_temperature, ridge_path
 from fisher_ray.linear.ridge import check_penalties
 from fisher_ray.metric import LowRankMetric, basis_arrays, choose_bases, decompose, identity_bases
@@ -49,6 +49,7 @@ def fit_metric(
     data: Data,
     *,
     labels: Labels = "all",
+    likelihood: str | Callable[[Tensor, Tensor], Tensor] = "softmax",
     parameters: str = "*",
     compression: Literal["kronecker", "identity"] = "kronecker",
     dim: int = 1024,
@@ -65,6 +66,9 @@ def fit_metric(
         data: inputs ``(N, ...)``; or an iterable of batches that can be read again, each inputs ``(B, ...)`` or a pair
             ``(inputs, labels)``; or a source of :func:`fisher_ray.data.open_source`.
         labels: whose scores: all classes weighted by ``√p_c``, the true ones, or drawn from ``p`` or uniformly.
+        likelihood: what the output says of a label: ``softmax`` (classes), ``gaussian`` (regression), ``bernoulli``
+            (several yes-or-no labels), ``next_token`` (output ``(B, T, V)``, the labels are the sequences), or a
+            function from output and labels to log-likelihoods ``(B,)``.
         parameters: glob over the parameters' names.
         compression: see :class:`fisher_ray.config.CompressionConfig`.
         dim: ``D``, for ``kronecker``.
@@ -85,7 +89,7 @@ def fit_metric(
     _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
     _check_numbers(dim, rank, damping)
     _check_data(data)
-    engine, like = ScoreEngine(model, parameters), next(model.parameters())
+    engine, like = ScoreEngine(model, parameters, likelihood_of(likelihood)), next(model.parameters())
     shapes = engine.block_shapes
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in shapes.values())
     if compression == "identity" and num_parameters > MAX_IDENTITY:
@@ -94,14 +98,16 @@ def fit_metric(
             f"{MAX_IDENTITY}. Give compression='kronecker', or choose fewer with parameters."
         )
     if compression == "kronecker":
-        sums = kronecker_pass(engine, _batches(data, labels, like), labels, seed)
+        sums = kronecker_pass(engine, _batches(data, labels, like, likelihood), labels, seed)
         bases = choose_bases(sums, shapes, dim)
     else:
         bases = identity_bases(shapes)
     compressor = KroneckerCompressor(bases, like)
-    fisher = fisher_pass(engine, compressor, _batches(data, labels, like), labels, seed)
+    fisher = fisher_pass(engine, compressor, _batches(data, labels, like, likelihood), labels, seed)
     eigvals, eigvecs, chosen = decompose(fisher, rank or compressor.dim, damping)
-    return LowRankMetric(bases, eigvals, eigvecs, chosen, {"labels": labels, "parameters": engine.selection})
+    attributes = {"labels": labels, "parameters": engine.selection}
+    attributes["likelihood"] = likelihood if isinstance(likelihood, str) else CUSTOM
+    return LowRankMetric(bases, eigvals, eigvecs, chosen, attributes)
 
 
 def features(model: nn.Module, metric: LowRankMetric, inputs: Tensor) -> Tensor:
@@ -231,15 +237,19 @@ def train_linear(
     return replace(model, temperature=fit_temperature(scores[best], labels))
 
 
-def _batches(data: Data, labels: Labels, like: Tensor) -> Iterator[Batch]:
+def _batches(data: Data, labels: Labels, like: Tensor, likelihood: object) -> Iterator[Batch]:
     """Yield the micro-batches of ``data``, rows numbered from 0."""
     if isinstance(data, Source):
         for batch in load_batches(data, range(len(data)), MICRO_BATCH, num_classes=None):
-            yield Batch(batch.inputs.to(like), batch.labels.to(like.device), batch.index)
+            yield Batch(to_like(batch.inputs, like), batch.labels.to(like.device), batch.index)
         return
     start = 0
     for item in [data] if isinstance(data, Tensor) else data:
         inputs, targets = _inputs_and_labels(item)
+        if targets is not None and likelihood == "softmax":
+            _check_integers(targets)
+        if targets is None and likelihood == "next_token":
+            targets = inputs
         if targets is None and labels == "true":
             raise RequestError("labels 'true' needs batches of (inputs, labels); these are inputs alone")
         for place in range(0, len(inputs), MICRO_BATCH):
@@ -255,8 +265,6 @@ def _inputs_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
         raise RequestError(
             f"a batch of data is {given}. Give a tensor of inputs, or a pair of tensors (inputs, labels)."
         )
-    if len(parts) == 2:
-        _check_integers(parts[1])
     return parts[0], parts[1] if len(parts) == 2 else None
 
 

@@ -16,7 +16,7 @@ from fisher_ray.errors import ModelError, StoreError
 from fisher_ray.journal import read_run
 from fisher_ray.linear import LinearWeights
 from fisher_ray.metric import LowRankMetric, bases_from, basis_arrays
-from fisher_ray.stages.networks import load_state
+from fisher_ray.stages.networks import load_state, writable
 from fisher_ray.stages.shallow import load_weights
 from fisher_ray.stages.workbench import base_network
 from fisher_ray.storage import Storage
@@ -43,6 +43,8 @@ class FisherClassifier(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
+        if metric.attributes.get("likelihood", "softmax") != "softmax":
+            raise ModelError(f"the metric is of a {metric.attributes['likelihood']} likelihood, not of classes")
         if metric.attributes.get("labels", "all") != "all":
             raise ModelError(
                 f"the metric's features are those of {metric.attributes['labels']} labels, which a new sample does not "
@@ -111,8 +113,7 @@ class FisherClassifier(nn.Module):
             "temperature": weights.temperature,
             "views": self._views,
         }
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        return bytes(safetensors.torch.save(contiguous, {_METADATA: json.dumps(rest)}))
+        return bytes(safetensors.torch.save(writable(tensors), {_METADATA: json.dumps(rest)}))
 
     def save(self, url: str) -> None:
         """Write one safetensors file to a local path or ``s3://``.

@@ -6,7 +6,8 @@ from fisher_ray.gradients.factors import Factors
 from fisher_ray.gradients.forming import Scores, form_gradients
 from fisher_ray.gradients.labels import draw_labels, keyed_uniform
 from fisher_ray.gradients.largest import LargestEntries
-from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax
+from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax, likelihood_of
+from fisher_ray.gradients.memory import peak_bytes
 from fisher_ray.gradients.scores import ScoreEngine, class_scores, per_sample_gradients
 from fisher_ray.gradients.sketch import GradientSketch
 
@@ -28,6 +29,8 @@ __all__ = [
     "draw_labels",
     "form_gradients",
     "keyed_uniform",
+    "likelihood_of",
+    "peak_bytes",
     "per_sample_gradients",
     "random_bases",
 ]

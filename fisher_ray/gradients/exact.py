@@ -1,4 +1,4 @@
-"""Exact per-sample gradients ``(B, P)``, formed into one buffer that is used again for every batch."""
+"""Exact gradients of each sample and score, formed into one buffer that is used again for every batch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class GradientBuffer:
         blocks: of the engine that makes the scores.
         model: its network.
         max_batch: the most samples of a batch.
+        num_scores: ``S``: 1 for one target a sample, ``C`` for all classes.
 
     Attributes:
         offsets: by parameter, in the network's order, where its entries start.
         num_parameters: ``P``.
     """
 
-    def __init__(self, blocks: Sequence[Block], model: nn.Module, max_batch: int) -> None:
+    def __init__(self, blocks: Sequence[Block], model: nn.Module, max_batch: int, num_scores: int = 1) -> None:
         """See the class."""
         names = {piece.parameter for block in blocks for piece in block.pieces}
         self._blocks, self.offsets, self.num_parameters = list(blocks), dict[str, int](), 0
@@ -41,30 +42,27 @@ class GradientBuffer:
                 self.offsets[name] = self.num_parameters
                 self.num_parameters += parameter.numel()
                 like: Tensor = parameter
-        self._buffer = torch.empty(max_batch, self.num_parameters, dtype=like.dtype, device=like.device)
+        self._buffer = torch.empty(max_batch, num_scores, self.num_parameters, dtype=like.dtype, device=like.device)
         self._patches = torch.empty(0, dtype=like.dtype, device=like.device)
 
     def fill(self, scores: Scores) -> Tensor:
-        """Return the gradients of a batch, ``(B, P)``: a view of the buffer, which the next batch overwrites.
-
-        Args:
-            scores: of one target a sample.
+        """Return the gradients of a batch, ``(B, S, P)``: a view of the buffer, which the next batch overwrites.
 
         Raises:
-            RequestError: if the batch has more samples than the buffer, or scores of several targets.
+            RequestError: if the batch has more samples than the buffer, or another number of scores.
         """
-        batch = len(scores.logits)
-        if batch > len(self._buffer) or scores.num_scores != 1:
+        batch, (most, num_scores, _) = len(scores.logits), self._buffer.shape
+        if batch > most or scores.num_scores != num_scores:
             raise RequestError(
-                f"{batch} samples with {scores.num_scores} scores each do not fit a buffer of {len(self._buffer)} "
-                "gradients: give it a larger max_batch, and scores of one target a sample"
+                f"{batch} samples with scores: {scores.num_scores} do not fit a buffer for {most} with {num_scores}. "
+                "Give the buffer another max_batch or num_scores."
             )
         filled: set[tuple[str, int]] = set()
         for item in scores.factors:
             if isinstance(item, AffineFactors):
                 self._affine(item, filled)
             else:
-                for piece, part in item.block.split(item.gradient()[:, 0]):
+                for piece, part in item.block.split(item.gradient()):
                     target = self._target(piece, batch)
                     first = self._first(piece, filled)
                     target.copy_(part.reshape(target.shape)) if first else target.add_(part.reshape(target.shape))
@@ -75,26 +73,25 @@ class GradientBuffer:
         return self._buffer[:batch]
 
     def _affine(self, item: AffineFactors, filled: set[tuple[str, int]]) -> None:
-        deltas = item.deltas[0]
-        pieces = list(item.block.pieces)
+        pieces, batch = list(item.block.pieces), item.deltas.shape[1]
         if item.source.weight:
             piece = pieces.pop(0)
-            self._weight(item, self._matrix(piece, item.block, len(deltas)), self._first(piece, filled))
+            self._weight(item, self._matrix(piece, item.block, batch), self._first(piece, filled))
         for piece in pieces:
-            target = self._target(piece, len(deltas))
-            summed = deltas.sum(dim=2).reshape(target.shape)
+            target = self._target(piece, batch)
+            summed = item.deltas.sum(dim=3).transpose(0, 1).reshape(target.shape)
             target.copy_(summed) if self._first(piece, filled) else target.add_(summed)
 
     def _weight(self, item: AffineFactors, target: Tensor, first: bool) -> None:
-        """Form ``Σ_t δ_t a_tᵀ`` in ``target`` ``(B, O, A)``."""
-        deltas, (batch, _, num_inputs) = item.deltas[0], target.shape
-        num_positions = deltas.shape[2]
-        each = num_inputs * num_positions * deltas.element_size()
+        """Form ``Σ_t δ_t a_tᵀ`` in ``target`` ``(B, S, O, A)``."""
+        (num_scores, batch, _, num_positions), num_inputs = item.deltas.shape, target.shape[3]
+        each = num_inputs * num_positions * target.element_size()
         step = batch if item.source.stored else max(1, min(batch, PATCH_BYTES // each))
         for start in range(0, batch, step):
             part = slice(start, min(batch, start + step))
             inputs = item.source.patches(part, self._scratch(item, part, num_inputs, num_positions))
-            _multiply(deltas[part], inputs.transpose(1, 2), target[part], first)
+            for score in range(num_scores):
+                _multiply(item.deltas[score, part], inputs.transpose(1, 2), target[part, score], first)
 
     def _scratch(self, item: AffineFactors, part: slice, num_inputs: int, num_positions: int) -> Tensor | None:
         if item.source.stored:
@@ -112,18 +109,18 @@ class GradientBuffer:
         return first
 
     def _target(self, piece: Piece, batch: int) -> Tensor:
-        """Return a piece's place, ``(B, *shape)``."""
+        """Return a piece's place, ``(B, S, *shape)``."""
         size = math.prod(piece.shape)
         start = self.offsets[piece.parameter]
         if piece.rows is not None and piece.rows.start:
             start += piece.rows.start * (size // piece.shape[0])
-        return self._buffer[:batch, start : start + size].view(batch, *piece.shape)
+        return self._buffer[:batch, :, start : start + size].view(batch, self._buffer.shape[1], *piece.shape)
 
     def _matrix(self, piece: Piece, block: Block, batch: int) -> Tensor:
         target = self._target(piece, batch)
         if piece.transposed:
-            return target.transpose(1, 2)
-        return target.view(batch, block.num_outputs, -1)
+            return target.transpose(2, 3)
+        return target.view(*target.shape[:2], block.num_outputs, -1)
 
 
 def _multiply(deltas: Tensor, inputs: Tensor, target: Tensor, first: bool) -> None:

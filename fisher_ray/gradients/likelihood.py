@@ -215,6 +215,27 @@ class Custom:
         return targets
 
 
+LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
+    "softmax": Softmax,
+    "gaussian": Gaussian,
+    "bernoulli": Bernoulli,
+    "next_token": NextToken,
+}
+
+
+def likelihood_of(given: str | Callable[[Tensor, Tensor], Tensor]) -> Likelihood:
+    """Return the likelihood of that name, or the user's own.
+
+    Raises:
+        RequestError: if there is none of the name.
+    """
+    if not isinstance(given, str):
+        return Custom(given)
+    if given not in LIKELIHOODS:
+        raise RequestError(f"likelihood {given!r} is not one of {', '.join(LIKELIHOODS)}, or a function of your own")
+    return LIKELIHOODS[given]()
+
+
 def _check_like(output: Tensor, targets: Tensor) -> None:
     if targets.shape != output.shape:
         raise DataError(f"targets are {tuple(targets.shape)}, the network's output is {tuple(output.shape)}")

@@ -30,7 +30,8 @@ from fisher_ray.linear import (
 )
 from fisher_ray.records import Unit
 from fisher_ray.stages import shallow
-from fisher_ray.stages.workbench import Facts, Workbench
+from fisher_ray.stages.facts import Facts
+from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import FeatureStore, load_arrays
 
 LEAF_ROWS = 4096

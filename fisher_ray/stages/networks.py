@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
@@ -84,9 +85,14 @@ def load_state(model: nn.Module, state: Any, what: str) -> None:
 
 def network_bytes(model: nn.Module) -> bytes:
     """Return the state dict as safetensors; a tensor that has several names is written under each."""
-    state, places = {}, set[int]()
-    for name, value in model.state_dict().items():
+    return bytes(safetensors.torch.save(writable(model.state_dict())))
+
+
+def writable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as safetensors takes them: on the CPU, contiguous, none sharing another's memory."""
+    found, places = {}, set[int]()
+    for name, value in state.items():
         kept = value.detach().cpu().contiguous()
-        state[name] = kept.clone() if kept.data_ptr() in places else kept
+        found[name] = kept.clone() if kept.data_ptr() in places else kept
         places.add(kept.data_ptr())
-    return bytes(safetensors.torch.save(state))
+    return found

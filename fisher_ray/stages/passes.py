@@ -13,7 +13,7 @@ from fisher_ray.config import Config
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, Scores
 from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric
 from fisher_ray.records import Batch
-from fisher_ray.stages.workbench import Facts
+from fisher_ray.stages.facts import Facts
 from fisher_ray.store import ArraySpec, StoreSpec
 
 STORED_RMS = 16.0

@@ -12,9 +12,9 @@ from fisher_ray.config import Config
 from fisher_ray.data import choose_units, plan_units
 from fisher_ray.gradients import ScoreEngine
 from fisher_ray.records import Batch, Unit
+from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.networks import build_network
 from fisher_ray.stages.passes import batch_scores
-from fisher_ray.stages.workbench import Facts
 
 MIN_LEAF_ROWS = 4096
 """Rows of one Gram sum at least: fewer are not worth moving a matrix for."""
@@ -79,6 +79,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
         "features_per_sample": features,
         "linear_columns": columns,
         "units": units,
+        "micro_batch": facts.micro_batch,
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
         "feature_bytes": num_rows * features * (2 if config.store.dtype == "float16" else 4),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
@@ -96,7 +97,7 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
     factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
     scores = facts.num_classes if config.scores.labels == "all" else 1
     return {
-        "metric": 8 * (2 * factors + 4 * dim**2) + 4 * config.runtime.micro_batch * scores * dim,
+        "metric": 8 * (2 * factors + 4 * dim**2) + 4 * facts.micro_batch * scores * dim,
         "features": 8 * config.runtime.unit_rows * (features + hidden),
         "linear": 8 * 4 * columns**2,
     }
@@ -118,7 +119,7 @@ def _seconds(config: Config, facts: Facts) -> dict[str, float]:
 
 def _seconds_a_sample(config: Config, facts: Facts, threads: int) -> float:
     engine = ScoreEngine(build_network(config.model, config.seed), config.scores.parameters)
-    size, before = config.runtime.micro_batch, torch.get_num_threads()
+    size, before = facts.micro_batch, torch.get_num_threads()
     inputs = torch.randn(size, *facts.input_shape, generator=torch.Generator().manual_seed(0))
     batch = Batch(inputs, torch.zeros(size, dtype=torch.int64), torch.arange(size))
     torch.set_num_threads(threads)

@@ -117,7 +117,7 @@ def clean_batches(bench: Workbench, split: str, rows: range, skipped: dict[int, 
     batches = load_batches(
         bench.source(split),
         rows,
-        config.runtime.micro_batch,
+        facts.micro_batch,
         num_classes=facts.num_classes,
         expected_shape=facts.input_shape,
         on_error=config.data.on_error,

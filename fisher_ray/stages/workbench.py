@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import safetensors.torch
@@ -19,6 +18,8 @@ from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreErro
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
 from fisher_ray.metric import LowRankMetric, bases_from
 from fisher_ray.records import Batch
+from fisher_ray.stages.facts import Facts
+from fisher_ray.stages.memory import choose_micro_batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
 from fisher_ray.storage import Storage
 from fisher_ray.store import load_arrays
@@ -30,30 +31,6 @@ MAX_IDENTITY = 16384
 
 NUM_TRIED = 8
 """Rows that the network is tried on, and how often it is tried on the first of them."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the first look found.
-
-    Attributes:
-        num_rows: by split.
-        fingerprints: of the splits' data, of the checkpoint or the untrained network, and of the first transformed
-            sample.
-        input_shape: one sample's.
-        num_classes: ``C``.
-        hidden: width of the last hidden layer, or None.
-        block_shapes: ``(O, A)`` by block.
-        num_parameters: ``P``, those whose gradients are taken.
-    """
-
-    num_rows: dict[str, int]
-    fingerprints: dict[str, str]
-    input_shape: tuple[int, ...]
-    num_classes: int
-    hidden: int | None
-    block_shapes: dict[str, tuple[int, int]]
-    num_parameters: int
 
 
 class Workbench:
@@ -184,6 +161,7 @@ def inspect_request(config: Config) -> Facts:
         hidden,
         engine.block_shapes,
         num_parameters,
+        choose_micro_batch(config, engine, inputs),
     )
 
 

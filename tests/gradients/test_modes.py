@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fisher_ray import class_scores
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients import (
     GradientBuffer,
@@ -43,13 +44,24 @@ def test_the_buffer_holds_the_oracles_gradients_batch_after_batch(name):
     buffer.fill(engine.of_labels(rows(inputs, slice(0, 2)), LABELS.flip(0)[:2]))
     made = buffer.fill(engine.of_labels(inputs, LABELS))
 
-    assert made.shape == (3, buffer.num_parameters)
+    assert made.shape == (3, 1, buffer.num_parameters)
     assert made.data_ptr() == buffer._buffer.data_ptr()
     for row, label in enumerate(LABELS.tolist()):
         expected = oracle(model, inputs, row, log_softmax_of(label))
         assert list(buffer.offsets) == list(expected)
         flat = torch.cat([value.flatten() for value in expected.values()])
-        torch.testing.assert_close(made[row], flat, **TOLERANCE)
+        torch.testing.assert_close(made[row, 0], flat, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["resnet, batch norm", "conv3d, grouped, dilated", "language model, tied"])
+def test_the_buffer_holds_the_scores_of_all_classes(name):
+    model, inputs = build(name, 2)
+    engine, expected = ScoreEngine(model), class_scores(model, inputs)
+    num_classes = main_output(call(model, inputs)).shape[1]
+    buffer = GradientBuffer(engine.blocks, model, 2, num_classes)
+
+    made = buffer.fill(engine.all_classes(inputs, weighted=False))
+    torch.testing.assert_close(made, torch.cat([value.flatten(2) for value in expected.values()], 2), **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -96,7 +108,7 @@ def test_dot_products_of_sketches_and_projections_are_unbiased():
     model, inputs = build("norms of vectors", 3)
     engine = ScoreEngine(model)
     scores = engine.of_labels(inputs, LABELS)
-    full = GradientBuffer(engine.blocks, model, 3).fill(scores)
+    full = GradientBuffer(engine.blocks, model, 3).fill(scores)[:, 0]
     exact = full @ full.T
     sums = {"sketch": torch.zeros(400, 3, 3), "projection": torch.zeros(400, 3, 3)}
     for seed in range(400):
@@ -124,9 +136,9 @@ def test_a_sketch_places_every_coordinate_once_with_a_sign():
 def test_a_batch_that_does_not_fit_the_buffer_is_refused():
     model, inputs = build("norms of vectors", 3)
     engine = ScoreEngine(model)
-    with pytest.raises(RequestError, match="larger max_batch"):
+    with pytest.raises(RequestError, match="fit a buffer for 2"):
         GradientBuffer(engine.blocks, model, 2).fill(engine.of_labels(inputs, LABELS))
-    with pytest.raises(RequestError, match="one target a sample"):
+    with pytest.raises(RequestError, match="num_scores"):
         GradientBuffer(engine.blocks, model, 4).fill(engine.all_classes(inputs))
 
 

@@ -1,0 +1,203 @@
+"""What is compared: this package's ways to per-sample gradients, and other libraries' where they are installed.
+
+Each method makes a function without arguments out of a workload: one call is one batch. None where it does not apply.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn import functional
+
+from fisher_ray.gradients import GradientBuffer, GradientSketch, KroneckerCompressor, ScoreEngine, random_bases
+from fisher_ray.metric import KroneckerSums, choose_bases
+from tests.benchmarks.gradients.workloads import Workload
+
+Run = Callable[[], Any]
+SKETCH_DIM, KRONECKER_DIM = 4096, 2048
+
+
+def plain(work: Workload) -> Run:
+    """A plain forward and backward of the whole batch: the unit of all ratios."""
+
+    def run() -> None:
+        work.model.zero_grad(set_to_none=True)
+        functional.cross_entropy(work.model(work.inputs), work.labels, reduction="sum").backward()
+
+    return run
+
+
+def factors(work: Workload) -> Run:
+    engine = ScoreEngine(work.model)
+    return lambda: engine.of_labels(work.inputs, work.labels)
+
+
+def exact(work: Workload) -> Run:
+    engine = ScoreEngine(work.model)
+    buffer = GradientBuffer(engine.blocks, work.model, len(work.inputs))
+    return lambda: buffer.fill(engine.of_labels(work.inputs, work.labels))
+
+
+def projected(work: Workload) -> Run:
+    engine = ScoreEngine(work.model)
+    compressor = KroneckerCompressor(random_bases(engine.blocks, work.width, 0), next(work.model.parameters()))
+    return lambda: compressor.compress(engine.of_labels(work.inputs, work.labels))
+
+
+def sketched(work: Workload) -> Run:
+    engine = ScoreEngine(work.model)
+    sketch = GradientSketch(engine.blocks, SKETCH_DIM, 0, next(work.model.parameters()))
+    return lambda: sketch.compress(engine.of_labels(work.inputs, work.labels))
+
+
+def all_classes(work: Workload) -> Run | None:
+    if work.name != "W1":
+        return None
+    engine = ScoreEngine(work.model)
+    buffer = GradientBuffer(engine.blocks, work.model, len(work.inputs), 10)
+    return lambda: buffer.fill(engine.all_classes(work.inputs))
+
+
+def all_classes_compressed(work: Workload) -> Run | None:
+    if work.name != "W1":
+        return None
+    engine, sums = ScoreEngine(work.model), KroneckerSums()
+    for item in engine.all_classes(work.inputs).factors:
+        item.add_moments(sums)
+    bases = choose_bases(sums.to_arrays(), engine.block_shapes, KRONECKER_DIM)
+    compressor = KroneckerCompressor(bases, work.inputs)
+    return lambda: compressor.compress(engine.all_classes(work.inputs))
+
+
+def one_at_a_time(work: Workload) -> Run:
+    parameters = list(work.model.parameters())
+
+    def run() -> list[Any]:
+        rows = []
+        for x, y in zip(work.inputs, work.labels, strict=True):
+            loss = functional.cross_entropy(work.model(x[None]), y[None])
+            rows.append(torch.autograd.grad(loss, parameters))
+        return rows
+
+    return run
+
+
+def func_gradients(work: Workload) -> Run:
+    parameters = {name: value.detach() for name, value in work.model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return functional.cross_entropy(functional_call(work.model, values, (x[None],)), y[None])
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0))
+    return lambda: each(parameters, work.inputs, work.labels)
+
+
+def func_jacobian(work: Workload) -> Run | None:
+    if work.name != "W1":
+        return None
+    parameters = {name: value.detach() for name, value in work.model.named_parameters()}
+
+    def logits(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(work.model, values, (x[None],))[0]
+
+    each = vmap(jacrev(logits), in_dims=(None, 0))
+    return lambda: each(parameters, work.inputs)
+
+
+def opacus(work: Workload, mode: str = "hooks") -> Run | None:
+    if importlib.util.find_spec("opacus") is None:
+        return None
+    from opacus.grad_sample import GradSampleModule
+    from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
+
+    torch.manual_seed(0)
+    inner = _copy(work)
+    kind = {"hooks": GradSampleModule, "expanded": GradSampleModuleExpandedWeights}[mode]
+    try:
+        model = kind(inner, loss_reduction="sum", batch_first=True)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        for parameter in model.parameters():
+            parameter.grad_sample = None
+        functional.cross_entropy(model(work.inputs), work.labels, reduction="sum").backward()
+
+    return run
+
+
+def opacus_expanded(work: Workload) -> Run | None:
+    return opacus(work, "expanded")
+
+
+def backpack(work: Workload) -> Run | None:
+    if importlib.util.find_spec("backpack") is None or work.name == "W3":
+        return None
+    from backpack import backpack as extending
+    from backpack import extend
+    from backpack.extensions import BatchGrad
+
+    model, loss = extend(_copy(work)), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with extending(BatchGrad()):
+            loss(model(work.inputs), work.labels).backward()
+
+    return run
+
+
+def trak(work: Workload) -> Run | None:
+    """TRAK's CPU projector of gradients that ``torch.func`` makes."""
+    if importlib.util.find_spec("trak") is None or work.name == "W2":
+        return None
+    from trak.projectors import BasicProjector, ProjectionType
+
+    gradients = func_gradients(work)
+    size = sum(parameter.numel() for parameter in work.model.parameters())
+    projector = BasicProjector(
+        grad_dim=size,
+        proj_dim=SKETCH_DIM,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device=torch.device("cpu"),
+        block_size=256,
+    )
+
+    def run() -> Any:
+        flat = torch.cat([value.flatten(1) for value in gradients().values()], dim=1)
+        return projector.project(flat, model_id=0)
+
+    return run
+
+
+def _copy(work: Workload) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(work.model)
+
+
+METHODS: dict[str, Callable[[Workload], Run | None]] = {
+    "plain": plain,
+    "factors": factors,
+    "exact": exact,
+    "projected": projected,
+    "sketched": sketched,
+    "all classes": all_classes,
+    "all classes, compressed": all_classes_compressed,
+    "torch.func vmap(grad)": func_gradients,
+    "torch.func vmap(jacrev)": func_jacobian,
+    "opacus, hooks": opacus,
+    "opacus, expanded weights": opacus_expanded,
+    "backpack": backpack,
+    "one sample at a time": one_at_a_time,
+    "trak, CPU projector": trak,
+}
+SLOW = ("one sample at a time", "trak, CPU projector")
+"""Run twice only."""

@@ -1,0 +1,88 @@
+"""What is measured: the paper's CNN, a multilayer perceptron, a small transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fisher_ray.models import mlp, paper_cnn
+
+
+@dataclass
+class Workload:
+    """One network and a batch.
+
+    Attributes:
+        name: ``W1`` to ``W3``.
+        model: in eval mode.
+        inputs: ``(B, ...)``.
+        labels: ``(B,)``.
+        width: columns on either side of a two-sided projection.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor
+    labels: Tensor
+    width: int
+
+
+class Attention(nn.Module):
+    """Causal self-attention of four heads out of two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-1, -2) / (width // 4) ** 0.5).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Layer(nn.Module):
+    """One layer of a transformer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Four layers on tokens, and classes of the mean."""
+
+    def __init__(self, width: int = 256, num_tokens: int = 2048, length: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(num_tokens, width), nn.Embedding(length, width)
+        self.layers = nn.Sequential(*(Layer(width) for _ in range(4)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.head(self.layers(self.tokens(tokens) + self.positions(places)).mean(1))
+
+
+def workload(name: str, device: str = "cpu") -> Workload:
+    """Build one of the workloads, with weights and inputs that are always the same."""
+    torch.manual_seed(0)
+    model: nn.Module
+    if name == "W1":
+        model, inputs, width = paper_cnn(), torch.randn(128, 3, 24, 24), 32
+    elif name == "W2":
+        model, inputs, width = mlp((784, 1024, 1024, 10)), torch.randn(256, 784), 64
+    elif name == "W3":
+        model, inputs, width = Transformer(), torch.randint(2048, (32, 64)), 16
+    else:
+        raise ValueError(f"workload {name!r}; known: W1, W2, W3")
+    labels = torch.arange(len(inputs)) % 10
+    return Workload(name, model.eval().to(device), inputs.to(device), labels.to(device), width)
