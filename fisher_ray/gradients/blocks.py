@@ -67,6 +67,6 @@ def single(name: str, shape: tuple[int, ...]) -> Block:
     return Block(name, num_outputs, num_inputs, (Piece(name, rows, slice(0, num_inputs), shape),))
 
 
-def block_seed(seed: int, block: Block) -> int:
+def block_seed(seed: int, name: str) -> int:
     """Return a seed for one block: 32 bits, as the CPU's generator uses no more of it."""
-    return zlib.crc32(f"{seed} {block.name}".encode())
+    return zlib.crc32(f"{seed} {name}".encode())

@@ -59,7 +59,7 @@ class KroneckerCompressor:
                 f"{len(outputs)} × {len(inputs)}: it was fitted on another network"
             )
         if places is not None and isinstance(item, AffineFactors) and item.deltas.shape[3] == 1:
-            deltas = torch.matmul(outputs.T, item.deltas)[..., 0]  # (S, B, J)
+            deltas = torch.matmul(item.deltas[..., 0], outputs)  # (S, B, J)
             projected = item.source.project(inputs)[:, None, places // outputs.shape[1], 0]
             return deltas[..., places % outputs.shape[1]].transpose(0, 1) * projected, start
         products = item.project(inputs, outputs).flatten(2).transpose(0, 1)  # (B, S, I · J)
@@ -76,7 +76,7 @@ def random_bases(blocks: Sequence[Block], width: int, seed: int) -> dict[str, La
     """
     found = {}
     for block in blocks:
-        generator = torch.Generator().manual_seed(block_seed(seed, block))
+        generator = torch.Generator().manual_seed(block_seed(seed, block.name))
         inputs, outputs = (_random_basis(n, width, generator) for n in (block.num_inputs, block.num_outputs))
         grid = torch.cartesian_prod(torch.arange(inputs.shape[1]), torch.arange(outputs.shape[1]))
         found[block.name] = LayerBasis(block.name, inputs, outputs, grid.flip(1))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,26 +37,12 @@ def num_positions(conv: Convolution, value: Tensor) -> int:
 
 def patches(conv: Convolution, value: Tensor, out: Tensor | None = None) -> Tensor:
     """Unfold one group's input ``(B, C, ...)`` to patches ``(B, C · kernel, T)``, into ``out`` if given."""
-    if len(conv.kernel_size) == 2:
-        return _patches_2d(conv, value, out)
-    windows = padded(conv, value)
+    windows, axes = padded(conv, value), len(conv.kernel_size)
     for axis, (size, step, gap) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2):
         windows = windows.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
-    axes = len(conv.kernel_size)
-    order = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
-    windows = windows.permute(order)  # (B, C, kernel, positions)
+    windows = windows.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))  # (B, C, kernel, positions)
     shape = (len(value), math.prod(windows.shape[1 : 2 + axes]), math.prod(windows.shape[2 + axes :]))
     if out is None:
         return windows.reshape(shape)
     out.view(windows.shape).copy_(windows)
     return out
-
-
-def _patches_2d(conv: Convolution, value: Tensor, out: Tensor | None) -> Tensor:
-    padding = conv.padding
-    if conv.padding_mode != "zeros" or isinstance(padding, str):
-        value, padding = padded(conv, value), (0, 0)
-    arguments = (list(conv.kernel_size), list(conv.dilation), list(padding), list(conv.stride))
-    if out is None:
-        return cast(Tensor, torch.ops.aten.im2col(value, *arguments))
-    return cast(Tensor, torch.ops.aten.im2col.out(value, *arguments, out=out))

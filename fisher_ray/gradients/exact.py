@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients.blocks import Block, Piece
-from fisher_ray.gradients.factors import AffineFactors
+from fisher_ray.gradients.factors import AffineFactors, TokenFactors
+from fisher_ray.gradients.formation import Workspace, form_chunks, outer
 from fisher_ray.gradients.forming import Scores
-
-PATCH_BYTES = 1 << 23
-"""A convolution's patches are unfolded for as many samples at a time as fit into this, or for one."""
 
 
 class GradientBuffer:
@@ -43,7 +41,7 @@ class GradientBuffer:
                 self.num_parameters += parameter.numel()
                 like: Tensor = parameter
         self._buffer = torch.empty(max_batch, num_scores, self.num_parameters, dtype=like.dtype, device=like.device)
-        self._patches = torch.empty(0, dtype=like.dtype, device=like.device)
+        self._workspace = Workspace(self._buffer)
 
     def fill(self, scores: Scores) -> Tensor:
         """Return the gradients of a batch, ``(B, S, P)``: a view of the buffer, which the next batch overwrites.
@@ -61,6 +59,8 @@ class GradientBuffer:
         for item in scores.factors:
             if isinstance(item, AffineFactors):
                 self._affine(item, filled)
+            elif isinstance(item, TokenFactors):
+                self._tokens(item, filled)
             else:
                 for piece, part in item.block.split(item.gradient()):
                     target = self._target(piece, batch)
@@ -82,24 +82,28 @@ class GradientBuffer:
             summed = item.deltas.sum(dim=3).transpose(0, 1).reshape(target.shape)
             target.copy_(summed) if self._first(piece, filled) else target.add_(summed)
 
-    def _weight(self, item: AffineFactors, target: Tensor, first: bool) -> None:
-        """Form ``Σ_t δ_t a_tᵀ`` in ``target`` ``(B, S, O, A)``."""
-        (num_scores, batch, _, num_positions), num_inputs = item.deltas.shape, target.shape[3]
-        each = num_inputs * num_positions * target.element_size()
-        step = batch if item.source.stored else max(1, min(batch, PATCH_BYTES // each))
-        for start in range(0, batch, step):
-            part = slice(start, min(batch, start + step))
-            inputs = item.source.patches(part, self._scratch(item, part, num_inputs, num_positions))
-            for score in range(num_scores):
-                _multiply(item.deltas[score, part], inputs.transpose(1, 2), target[part, score], first)
+    def _tokens(self, item: TokenFactors, filled: set[tuple[str, int]]) -> None:
+        (piece,) = item.block.pieces
+        target = self._target(piece, len(item.tokens))
+        if self._first(piece, filled):
+            target.zero_()
+        for score, deltas in enumerate(item.deltas):
+            for row, tokens in enumerate(item.tokens):
+                target[row, score].index_add_(0, tokens, deltas[row])
 
-    def _scratch(self, item: AffineFactors, part: slice, num_inputs: int, num_positions: int) -> Tensor | None:
-        if item.source.stored:
-            return None
-        shape = (part.stop - part.start, num_inputs, num_positions)
-        if len(self._patches) < math.prod(shape):
-            self._patches = self._patches.new_empty(math.prod(shape))
-        return self._patches[: math.prod(shape)].view(shape)
+    def _weight(self, item: AffineFactors, target: Tensor, first: bool) -> None:
+        """Form ``Σ_t δ_t a_tᵀ`` in ``target`` ``(B, S, O, A)``.
+
+        A product of matrices is fastest into contiguous memory, and what is in the cache is then copied at once; outer
+        products are written where they belong.
+        """
+        if item.source.stored and item.deltas.shape[3] == 1 and first:
+            for score in range(item.num_scores):
+                outer(item.deltas[score], item.source.patches(slice(None)).transpose(1, 2), target[:, score])
+            return
+        for chunk in form_chunks(item, self._workspace):
+            place = target[chunk.samples, chunk.score, chunk.rows]
+            place.copy_(chunk.gradient) if first else place.add_(chunk.gradient)
 
     @staticmethod
     def _first(piece: Piece, filled: set[tuple[str, int]]) -> bool:
@@ -121,16 +125,3 @@ class GradientBuffer:
         if piece.transposed:
             return target.transpose(2, 3)
         return target.view(*target.shape[:2], block.num_outputs, -1)
-
-
-def _multiply(deltas: Tensor, inputs: Tensor, target: Tensor, first: bool) -> None:
-    """Write or add ``deltas @ inputs``, ``(b, O, T) @ (b, T, A)``, to ``target``."""
-    if deltas.shape[2] == 1:
-        if first:
-            torch.mul(deltas, inputs, out=target)
-        else:
-            target.addcmul_(deltas, inputs)
-    elif first:
-        torch.bmm(deltas, inputs, out=target)
-    else:
-        target.baddbmm_(deltas, inputs)

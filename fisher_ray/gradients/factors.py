@@ -63,7 +63,7 @@ class AffineInput(Protocol):
         """Whether the bias takes part."""
 
     def patches(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """Return ``a`` without the trailing 1 of some samples, ``(b, A, T)``; in ``out`` where it has to be written."""
+        """Return ``a`` without the trailing 1 of some samples, ``(b, A, T)``; in ``out`` if given."""
 
     def project(self, basis: Tensor) -> Tensor:
         """Return ``basisᵀ a`` for ``basis`` ``(A, I)`` without forming ``a``; ``(B, I, T)``."""
@@ -102,8 +102,9 @@ class LinearInput:
         return True
 
     def patches(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """See :class:`AffineInput`; ``out`` is not needed."""
-        return self.value[part].transpose(1, 2)
+        """See :class:`AffineInput`."""
+        value = self.value[part].transpose(1, 2)
+        return value if out is None else out.copy_(value)
 
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
@@ -147,7 +148,8 @@ class ConvolutionInput:
         if fold == 1:
             return patches(self.layer, self.value[part], out)
         value = self.value.reshape(self.batch, fold, *self.value.shape[1:])[part].flatten(0, 1)
-        return self._join(patches(self.layer, value), fold)
+        joined = self._join(patches(self.layer, value), fold)
+        return joined if out is None else out.copy_(joined)
 
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
@@ -206,7 +208,14 @@ class AffineFactors:
         project_first = width_out * num_positions * (num_outputs + width_in)
         if contract_first < project_first:  # every product runs along contiguous positions
             return torch.matmul(torch.matmul(projected, self.deltas.transpose(2, 3)), outputs)
-        return torch.matmul(projected, torch.matmul(outputs.T, self.deltas).transpose(2, 3))
+        deltas = self._project_deltas(outputs)
+        return projected * deltas if num_positions == 1 else torch.matmul(projected, deltas)
+
+    def _project_deltas(self, outputs: Tensor) -> Tensor:
+        """Return ``(outputsᵀ δ)ᵀ``, ``(S, B, T, J)``: one product of matrices where positions come first in memory."""
+        if self.source.stored:
+            return torch.matmul(self.deltas.transpose(2, 3), outputs)
+        return torch.matmul(outputs.T, self.deltas).transpose(2, 3)
 
     def add_moments(self, sums: MomentSums) -> None:
         """Add ``Σ a aᵀ`` and ``Σ δ δᵀ``."""

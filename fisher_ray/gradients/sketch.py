@@ -8,17 +8,16 @@ with probability ``1/k`` as if drawn by themselves, and sums run along contiguou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fisher_ray.gradients.blocks import Block, block_seed
-from fisher_ray.gradients.factors import AffineFactors, Factors
+from fisher_ray.gradients.blocks import Block, Piece, block_seed
+from fisher_ray.gradients.factors import AffineFactors, TokenFactors
+from fisher_ray.gradients.formation import Workspace, form_chunks
 from fisher_ray.gradients.forming import Scores
-
-CHUNK_BYTES = 1 << 22
-"""As much of a batch's gradient as is formed at a time, where one row of one sample is not more."""
 
 
 class GradientSketch:
@@ -34,84 +33,85 @@ class GradientSketch:
     def __init__(self, blocks: Sequence[Block], dim: int, seed: int, like: Tensor) -> None:
         """See the class."""
         self.dim = dim
-        self._signs, self._shifts = dict[str, Tensor](), dict[str, list[int]]()
-        for block in blocks:
-            generator = torch.Generator().manual_seed(block_seed(seed, block))
-            size = block.num_outputs * block.num_inputs
-            signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
-            self._signs[block.name] = signs.to(like)
-            num_runs = sum(1 for _ in _runs(block, dim))
-            self._shifts[block.name] = torch.randint(dim, (num_runs,), generator=generator).tolist()
-        self._scratch = like.new_empty(0)
+        self._plans = {block.name: [_Plan(block, piece, dim, seed, like) for piece in block.pieces] for block in blocks}
+        self._workspace = Workspace(like)
 
     def compress(self, scores: Scores) -> Tensor:
         """Return the sketches, ``(B, S, k)``."""
         batch, num_scores = len(scores.logits), scores.num_scores
-        out = scores.logits.new_zeros(batch * num_scores, self.dim)
+        out = scores.logits.new_zeros(batch, num_scores, 2 * self.dim)  # a run that is rotated over the end goes on
         for item in scores.factors:
-            for start, gradient in self._formed(item):
-                self._add(item.block, start, gradient, out)
-        return out.view(batch, num_scores, self.dim)
+            plans = self._plans[item.block.name]
+            if isinstance(item, AffineFactors):
+                self._affine(item, plans, out)
+            elif isinstance(item, TokenFactors):
+                plans[0].add_tokens(item, out)
+            else:
+                gradient = item.gradient()
+                for plan, score in itertools.product(plans, range(num_scores)):
+                    plan.add(0, gradient[:, score, :, plan.columns].flatten(1), out[:, score])
+        return out[..., : self.dim] + out[..., self.dim :]
+
+    def _affine(self, item: AffineFactors, plans: list[_Plan], out: Tensor) -> None:
+        if item.source.weight:
+            plan = plans[0]
+            for chunk in form_chunks(item, self._workspace, row_step=plan.step):
+                plan.add(chunk.rows.start, chunk.gradient.flatten(1), out[chunk.samples, chunk.score])
+        if item.source.bias:
+            for score, deltas in enumerate(item.deltas.sum(dim=3)):
+                plans[-1].add(0, deltas, out[:, score])
 
     def matrix(self, block: Block) -> Tensor:
         """Return the sketch of a block as a matrix ``(O · A, k)``, for gradients flattened by rows."""
-        size = block.num_outputs * block.num_inputs
-        out = self._signs[block.name].new_zeros(size, self.dim)
-        self._add(block, 0, torch.eye(size).to(out), out)
-        return out
-
-    def _formed(self, item: Factors) -> Iterator[tuple[int, Tensor]]:
-        """Yield some rows of the block's gradients at a time: the first row, and ``(B · S, rows · A)``."""
-        if not isinstance(item, AffineFactors):
-            yield 0, item.gradient().flatten(2).flatten(0, 1)
-            return
-        num_scores, batch, num_outputs, num_positions = item.deltas.shape
-        inputs = item.inputs().transpose(1, 2)  # (B, T, A)
-        rows = max(1, CHUNK_BYTES // (batch * num_scores * inputs.shape[2] * inputs.element_size()))
-        rows = _whole_runs(rows, item.block.num_inputs, self.dim)
-        for start in range(0, num_outputs, rows):
-            part = item.deltas[:, :, start : start + rows]
-            count = part.shape[2]
-            joined = part[0] if num_scores == 1 else part.transpose(0, 1).flatten(1, 2)  # (B, S · rows, T)
-            target = self._room(batch, num_scores * count, inputs.shape[2])
-            if num_positions == 1:
-                torch.mul(joined, inputs, out=target)
-            else:
-                torch.bmm(joined, inputs, out=target)
-            yield start, target.view(batch * num_scores, -1)
-
-    def _room(self, *shape: int) -> Tensor:
-        size = shape[0] * shape[1] * shape[2]
-        if len(self._scratch) < size:
-            self._scratch = self._scratch.new_empty(size)
-        return self._scratch[:size].view(shape)
-
-    def _add(self, block: Block, start: int, gradient: Tensor, out: Tensor) -> None:
-        first, last = start * block.num_inputs, start * block.num_inputs + gradient.shape[1]
-        signs = self._signs[block.name]
-        for (begin, end), shift in zip(_runs(block, self.dim), self._shifts[block.name], strict=True):
-            if first <= begin < last:
-                values, sign = gradient[:, begin - first : end - first], signs[begin:end]
-                whole = min(end - begin, self.dim - shift)
-                out[:, shift : shift + whole].addcmul_(values[:, :whole], sign[:whole])
-                if whole < end - begin:
-                    out[:, : end - begin - whole].addcmul_(values[:, whole:], sign[whole:])
+        made = []
+        for plan in self._plans[block.name]:
+            out = plan.signs.new_zeros(len(plan.signs), 2 * self.dim)
+            plan.add(0, torch.eye(len(plan.signs)).to(out), out)
+            made.append((out[:, : self.dim] + out[:, self.dim :]).view(block.num_outputs, -1, self.dim))
+        return torch.cat(made, dim=1).flatten(0, 1)
 
 
-def _runs(block: Block, dim: int) -> Iterator[tuple[int, int]]:
-    """Yield the runs of a block's flattened gradient: whole rows as far as ``dim`` goes, or parts of one row."""
-    width = block.num_inputs
-    if width <= dim:
-        step = dim // width
-        for row in range(0, block.num_outputs, step):
-            yield row * width, min(block.num_outputs, row + step) * width
-    else:
-        for row in range(block.num_outputs):
-            for column in range(0, width, dim):
-                yield row * width + column, row * width + min(width, column + dim)
+class _Plan:
+    """Where the coordinates of one block's columns of one parameter go.
 
+    The flattened gradient is cut into runs: whole rows as far as ``dim`` goes, or parts of one row.
 
-def _whole_runs(rows: int, width: int, dim: int) -> int:
-    """Round a number of rows to whole runs."""
-    step = max(1, dim // width)
-    return max(step, rows // step * step)
+    Attributes:
+        columns: of the block.
+        signs: ``(O · A,)`` for these columns.
+        step: rows of a run, or 1.
+    """
+
+    def __init__(self, block: Block, piece: Piece, dim: int, seed: int, like: Tensor) -> None:
+        generator = torch.Generator().manual_seed(block_seed(seed, f"{block.name} {piece.parameter}"))
+        self.columns = piece.columns
+        rows, self._width = block.num_outputs, piece.columns.stop - piece.columns.start
+        signs = torch.randint(0, 2, (rows * self._width,), generator=generator, dtype=torch.int8) * 2 - 1
+        self.signs, self.step = signs.to(like), max(1, dim // self._width)
+        self._cuts = [*range(0, self._width, dim)] if self._width > dim else [0]
+        self._ends = [*self._cuts[1:], self._width if self._width > dim else self.step * self._width]
+        num_runs = -(-rows // self.step) * len(self._cuts)
+        self._shifts = torch.randint(dim, (num_runs,), generator=generator)
+
+    def add(self, start: int, gradient: Tensor, out: Tensor) -> None:
+        """Add rows from ``start``, the first of a run, as ``(b, rows · A)``, to ``(b, 2 k)``."""
+        number, stride = start // self.step * len(self._cuts), self.step * self._width
+        shifts, offset = iter(self._shifts[number:].tolist()), start * self._width
+        for place in range(0, gradient.shape[1], stride):
+            for begin, end in zip(self._cuts, self._ends, strict=True):
+                values = gradient[:, place + begin : place + end]
+                sign = self.signs[offset + place + begin : offset + place + end]
+                shift = next(shifts)
+                out[:, shift : shift + values.shape[1]].addcmul_(values, sign)
+
+    def add_tokens(self, item: TokenFactors, out: Tensor) -> None:
+        """Add the rows of an embedding that were looked up to ``(B, S, 2 k)``."""
+        shifts = self._shifts.view(-1, len(self._cuts)).to(out.device)
+        columns = torch.arange(self._width, device=out.device)
+        cut = torch.bucketize(columns, torch.tensor(self._cuts, device=out.device), right=True) - 1
+        places = columns - torch.tensor(self._cuts, device=out.device)[cut]  # (A,)
+        rows = item.tokens  # (B, T)
+        index = shifts[rows // self.step][:, :, cut] + (rows % self.step * self._width)[..., None] + places
+        signed = item.deltas * self.signs.view(-1, self._width)[rows]  # (S, B, T, A)
+        for score, part in enumerate(signed):
+            out[:, score].scatter_add_(1, index.flatten(1), part.flatten(1))
