@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,21 +30,54 @@ def convolve(conv: Convolution, value: Tensor, filters: Tensor, bias: Tensor | N
     return _CONVOLVE[len(conv.kernel_size)](value, filters, bias, conv.stride, padding, conv.dilation)
 
 
-def num_positions(conv: Convolution, value: Tensor) -> int:
-    """Return how many positions the convolution has on ``value`` ``(B, C, ...)``."""
+def positions(conv: Convolution, value: Tensor) -> list[int]:
+    """Return how many positions the convolution has along each axis of ``value`` ``(B, C, ...)``."""
     sizes = padded(conv, value[:1]).shape[2:]
     spans = ((k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-    return math.prod((n - span) // s + 1 for n, span, s in zip(sizes, spans, conv.stride, strict=True))
+    return [(n - span) // s + 1 for n, span, s in zip(sizes, spans, conv.stride, strict=True)]
 
 
-def patches(conv: Convolution, value: Tensor, out: Tensor | None = None) -> Tensor:
-    """Unfold one group's input ``(B, C, ...)`` to patches ``(B, C · kernel, T)``, into ``out`` if given."""
+def patches(conv: Convolution, value: Tensor) -> Tensor:
+    """Unfold one group's input ``(B, C, ...)`` to patches ``(B, C · kernel, T)``."""
     windows, axes = padded(conv, value), len(conv.kernel_size)
     for axis, (size, step, gap) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2):
         windows = windows.unfold(axis, (size - 1) * gap + 1, step)[..., ::gap]
     windows = windows.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))  # (B, C, kernel, positions)
-    shape = (len(value), math.prod(windows.shape[1 : 2 + axes]), math.prod(windows.shape[2 + axes :]))
-    if out is None:
-        return windows.reshape(shape)
-    out.view(windows.shape).copy_(windows)
-    return out
+    return windows.reshape(len(value), math.prod(windows.shape[1 : 2 + axes]), -1)
+
+
+def weight_gradients(conv: Convolution, value: Tensor, deltas: Tensor) -> Tensor:
+    """Return ``Σ_t δ_t a_tᵀ`` without unfolding ``a``: the weight's gradient of a convolution whose groups are samples.
+
+    Args:
+        conv: the convolution.
+        value: one group's input of ``k`` pictures a sample, ``(b, k, C, ...)``.
+        deltas: ``δ``, ``(b, O, k · T)``.
+
+    Returns:
+        ``(b, O, C · kernel)``.
+    """
+    batch, fold, channels = value.shape[:3]
+    places = positions(conv, value[0])
+    value = value.transpose(0, 1).reshape(fold, batch * channels, *value.shape[3:])
+    padding = [0] * len(places)
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        value = padded(conv, value)
+    else:
+        padding = list(conv.padding)
+    joined = deltas.reshape(batch, -1, fold, *places).movedim(2, 0).reshape(fold, -1, *places)
+    weight = value.new_empty(1).expand(joined.shape[1], channels, *conv.kernel_size)  # its shape alone matters
+    _, made, _ = torch.ops.aten.convolution_backward(
+        joined,
+        value,
+        weight,
+        None,
+        list(conv.stride),
+        padding,
+        list(conv.dilation),
+        False,
+        [0] * len(places),
+        batch,
+        [False, True, False],
+    )
+    return cast(Tensor, made).reshape(batch, deltas.shape[1], -1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients.blocks import Block, Piece
-from fisher_ray.gradients.factors import AffineFactors, TokenFactors
+from fisher_ray.gradients.factors import AffineFactors, LinearInput, TokenFactors
 from fisher_ray.gradients.formation import Workspace, form_chunks, outer
 from fisher_ray.gradients.forming import Scores
 
@@ -97,12 +97,12 @@ class GradientBuffer:
         A product of matrices is fastest into contiguous memory, and what is in the cache is then copied at once; outer
         products are written where they belong.
         """
-        if item.source.stored and item.deltas.shape[3] == 1 and first:
+        if isinstance(item.source, LinearInput) and item.deltas.shape[3] == 1 and first:
             for score in range(item.num_scores):
-                outer(item.deltas[score], item.source.patches(slice(None)).transpose(1, 2), target[:, score])
+                outer(item.deltas[score], item.source.patches().transpose(1, 2), target[:, score])
             return
         for chunk in form_chunks(item, self._workspace):
-            place = target[chunk.samples, chunk.score, chunk.rows]
+            place = target[chunk.samples, :, chunk.rows]
             place.copy_(chunk.gradient) if first else place.add_(chunk.gradient)
 
     @staticmethod

@@ -6,6 +6,7 @@ takes part) and ``δ`` (O rows) are the *factors*; most quantities can be had fr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fisher_ray.gradients.blocks import Block
-from fisher_ray.gradients.convolution import Convolution, convolve, num_positions, patches
+from fisher_ray.gradients.convolution import Convolution, convolve, patches, positions, weight_gradients
 
 
 class MomentSums(Protocol):
@@ -62,8 +63,8 @@ class AffineInput(Protocol):
     def bias(self) -> bool:
         """Whether the bias takes part."""
 
-    def patches(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """Return ``a`` without the trailing 1 of some samples, ``(b, A, T)``; in ``out`` if given."""
+    def patches(self) -> Tensor:
+        """Return ``a`` without the trailing 1, ``(B, A, T)``."""
 
     def project(self, basis: Tensor) -> Tensor:
         """Return ``basisᵀ a`` for ``basis`` ``(A, I)`` without forming ``a``; ``(B, I, T)``."""
@@ -71,10 +72,6 @@ class AffineInput(Protocol):
     @property
     def num_positions(self) -> int:
         """``T``."""
-
-    @property
-    def stored(self) -> bool:
-        """Whether ``a`` without the trailing 1 is there already, and not to be formed."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +93,9 @@ class LinearInput:
         """``T``."""
         return self.value.shape[1]
 
-    @property
-    def stored(self) -> bool:
+    def patches(self) -> Tensor:
         """See :class:`AffineInput`."""
-        return True
-
-    def patches(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """See :class:`AffineInput`."""
-        value = self.value[part].transpose(1, 2)
-        return value if out is None else out.copy_(value)
+        return self.value.transpose(1, 2)
 
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
@@ -135,21 +126,16 @@ class ConvolutionInput:
     @property
     def num_positions(self) -> int:
         """``T``."""
-        return num_positions(self.layer, self.value) * (len(self.value) // self.batch)
+        return math.prod(positions(self.layer, self.value)) * (len(self.value) // self.batch)
 
-    @property
-    def stored(self) -> bool:
+    def patches(self) -> Tensor:
         """See :class:`AffineInput`."""
-        return False
+        return self._join(patches(self.layer, self.value), len(self.value) // self.batch)
 
-    def patches(self, part: slice, out: Tensor | None = None) -> Tensor:
-        """See :class:`AffineInput`."""
-        fold = len(self.value) // self.batch
-        if fold == 1:
-            return patches(self.layer, self.value[part], out)
-        value = self.value.reshape(self.batch, fold, *self.value.shape[1:])[part].flatten(0, 1)
-        joined = self._join(patches(self.layer, value), fold)
-        return joined if out is None else out.copy_(joined)
+    def gradients(self, deltas: Tensor, part: slice) -> Tensor:
+        """Return the weight's gradients of some samples without forming ``a``: ``(b, O, T)`` to ``(b, O, A)``."""
+        value = self.value.reshape(self.batch, -1, *self.value.shape[1:])[part]
+        return weight_gradients(self.layer, value, deltas)
 
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
@@ -188,7 +174,7 @@ class AffineFactors:
     def inputs(self) -> Tensor:
         """Return ``a``, ``(B, A, T)``."""
         batch, num_positions = self.deltas.shape[1], self.deltas.shape[3]
-        parts = [self.source.patches(slice(None))] if self.source.weight else []
+        parts = [self.source.patches()] if self.source.weight else []
         if self.source.bias:
             parts.append(self.deltas.new_ones(batch, 1, num_positions))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -213,7 +199,7 @@ class AffineFactors:
 
     def _project_deltas(self, outputs: Tensor) -> Tensor:
         """Return ``(outputsᵀ δ)ᵀ``, ``(S, B, T, J)``: one product of matrices where positions come first in memory."""
-        if self.source.stored:
+        if isinstance(self.source, LinearInput):
             return torch.matmul(self.deltas.transpose(2, 3), outputs)
         return torch.matmul(outputs.T, self.deltas).transpose(2, 3)
 

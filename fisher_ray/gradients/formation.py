@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_ray.gradients.factors import AffineFactors
+from fisher_ray.gradients.factors import AffineFactors, ConvolutionInput, LinearInput
 
 CHUNK_BYTES = 1 << 22
 """As much of a batch's gradients as is formed at a time, where one row of one sample is not more."""
 
 
 class Workspace:
-    """Memory for patches and for gradients, allocated when first needed and kept.
+    """Memory for gradients, allocated when first needed and kept.
 
     Args:
         like: a tensor with the dtype and device.
@@ -37,17 +37,15 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of some samples' gradients for one score.
+    """Some rows of some samples' gradients.
 
     Attributes:
         samples: which samples.
-        score: which score.
         rows: which rows of the block.
-        gradient: ``(b, rows, A)``, overwritten by the next chunk.
+        gradient: ``(b, S, rows, A)``, overwritten by the next chunk.
     """
 
     samples: slice
-    score: int
     rows: slice
     gradient: Tensor
 
@@ -57,29 +55,28 @@ def form_chunks(item: AffineFactors, workspace: Workspace, *, row_step: int = 1)
 
     Args:
         item: the call's factors; the weight takes part.
-        workspace: for patches and chunks.
+        workspace: for chunks.
         row_step: a chunk has a multiple of so many rows, unless it has the last ones.
     """
     num_scores, batch, num_outputs, num_positions = item.deltas.shape
     width = item.block.num_inputs - int(item.source.bias)
-    row_bytes = width * item.deltas.element_size()
-    if item.source.stored and (num_positions == 1 or row_step > 1):  # all samples, few rows
-        count = max(row_step, CHUNK_BYTES // (row_bytes * batch) // row_step * row_step)
-        samples = max(1, min(batch, CHUNK_BYTES // (row_bytes * min(count, num_outputs))))
-    else:
-        samples = max(1, min(batch, CHUNK_BYTES // (row_bytes * num_outputs)))
-        count = max(row_step, CHUNK_BYTES // (row_bytes * samples) // row_step * row_step)
+    row_bytes = num_scores * width * item.deltas.element_size()
+    tall = isinstance(item.source, LinearInput) and (num_positions == 1 or row_step > 1)  # all samples, few rows
+    samples = batch if tall else max(1, min(batch, CHUNK_BYTES // (row_bytes * num_outputs)))
+    count = max(row_step, CHUNK_BYTES // (row_bytes * samples) // row_step * row_step)
+    samples = max(1, min(samples, CHUNK_BYTES // (row_bytes * min(count, num_outputs))))
     for start in range(0, batch, samples):
         part = slice(start, min(batch, start + samples))
-        shape = (part.stop - part.start, width, num_positions)
-        out = None if item.source.stored else workspace.take("patches", *shape)
-        inputs = item.source.patches(part, out).transpose(1, 2)  # (b, T, A)
         for first in range(0, num_outputs, count):
             rows = slice(first, min(num_outputs, first + count))
-            out = workspace.take("gradient", part.stop - part.start, rows.stop - rows.start, width)
-            for score in range(num_scores):
-                outer(item.deltas[score, part, rows], inputs, out)
-                yield Chunk(part, score, rows, out)
+            deltas = item.deltas[:, part, rows].transpose(0, 1)  # (b, S, rows, T): all scores in one product
+            joined = deltas[:, 0] if num_scores == 1 else deltas.flatten(1, 2)
+            if isinstance(item.source, ConvolutionInput):
+                gradient = item.source.gradients(joined, part)
+            else:
+                gradient = workspace.take("gradient", *joined.shape[:2], width)
+                outer(joined, item.source.patches()[part].transpose(1, 2), gradient)
+            yield Chunk(part, rows, gradient.view(*deltas.shape[:3], width))
 
 
 def outer(deltas: Tensor, inputs: Tensor, out: Tensor) -> None:

@@ -56,7 +56,9 @@ class GradientSketch:
         if item.source.weight:
             plan = plans[0]
             for chunk in form_chunks(item, self._workspace, row_step=plan.step):
-                plan.add(chunk.rows.start, chunk.gradient.flatten(1), out[chunk.samples, chunk.score])
+                for score in range(item.num_scores):
+                    gradient = chunk.gradient[:, score].flatten(1)
+                    plan.add(chunk.rows.start, gradient, out[chunk.samples, score])
         if item.source.bias:
             for score, deltas in enumerate(item.deltas.sum(dim=3)):
                 plans[-1].add(0, deltas, out[:, score])
