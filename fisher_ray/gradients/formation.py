@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisher_ray.gradients.factors import AffineFactors, ConvolutionInput, LinearInput
 
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 6 << 20
 """As much of a batch's gradients as is formed at a time, where one row of one sample is not more."""
 
 

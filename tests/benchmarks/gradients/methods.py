@@ -190,14 +190,14 @@ METHODS: dict[str, Callable[[Workload], Run | None]] = {
     "projected": projected,
     "sketched": sketched,
     "all classes": all_classes,
-    "all classes, compressed": all_classes_compressed,
+    "all classes compressed": all_classes_compressed,
     "torch.func vmap(grad)": func_gradients,
     "torch.func vmap(jacrev)": func_jacobian,
-    "opacus, hooks": opacus,
-    "opacus, expanded weights": opacus_expanded,
+    "opacus hooks": opacus,
+    "opacus expanded weights": opacus_expanded,
     "backpack": backpack,
     "one sample at a time": one_at_a_time,
-    "trak, CPU projector": trak,
+    "trak CPU projector": trak,
 }
-SLOW = ("one sample at a time", "trak, CPU projector")
+SLOW = ("one sample at a time", "trak CPU projector")
 """Run twice only."""
