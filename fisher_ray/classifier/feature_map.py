@@ -78,9 +78,10 @@ class FeatureMap:
             )
             for part in torch.split(inputs, MICRO_BATCH)
         ]
-        made, logits, hidden = zip(*blocks, strict=True)
-        kept = [part for part in hidden if part is not None]
-        return torch.cat(made), torch.cat(logits), torch.cat(kept) if kept else None
+        kept = [block for block in blocks if block is not None]
+        hidden = [block.hidden for block in kept if block.hidden is not None]
+        logits = torch.cat([block.logits for block in kept])
+        return torch.cat([block.values for block in kept]), logits, torch.cat(hidden) if hidden else None
 
 
 def as_batch(inputs: Tensor, labels: Tensor | None, like: Tensor, start: int = 0) -> Batch:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fisher_ray.classifier.feature_map import CUSTOM, MICRO_BATCH, FeatureMap, as_batch, to_like
 from fisher_ray.config import LinearConfig
 from fisher_ray.data import Source, load_batches, plan_units
-from fisher_ray.errors import RequestError
+from fisher_ray.errors import DataError, RequestError
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, likelihood_of
 from fisher_ray.linear import GramSum, LinearWeights, best_penalty, fit_temperature, ridge_path
 from fisher_ray.linear.ridge import check_penalties
@@ -98,12 +98,12 @@ def fit_metric(
             f"{MAX_IDENTITY}. Give compression='kronecker', or choose fewer with parameters."
         )
     if compression == "kronecker":
-        sums = kronecker_pass(engine, _batches(data, labels, like, likelihood), labels, seed)
+        sums = kronecker_pass(engine, _batches(data, labels, like, likelihood), labels, seed, _refuse_row)
         bases = choose_bases(sums, shapes, dim)
     else:
         bases = identity_bases(shapes)
     compressor = KroneckerCompressor(bases, like)
-    fisher = fisher_pass(engine, compressor, _batches(data, labels, like, likelihood), labels, seed)
+    fisher = fisher_pass(engine, compressor, _batches(data, labels, like, likelihood), labels, seed, _refuse_row)
     eigvals, eigvecs, chosen = decompose(fisher, rank or compressor.dim, damping)
     attributes = {"labels": labels, "parameters": engine.selection}
     attributes["likelihood"] = likelihood if isinstance(likelihood, str) else CUSTOM
@@ -266,6 +266,10 @@ def _inputs_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
             f"a batch of data is {given}. Give a tensor of inputs, or a pair of tensors (inputs, labels)."
         )
     return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _refuse_row(row: int) -> None:
+    raise DataError(f"data row {row}: the network makes NaN or infinity of it. Correct it, or leave it out.", row=row)
 
 
 def _check_integers(labels: Tensor) -> None:

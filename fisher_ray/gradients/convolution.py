@@ -51,13 +51,14 @@ def weight_gradients(conv: Convolution, value: Tensor, deltas: Tensor) -> Tensor
 
     Args:
         conv: the convolution.
-        value: one group's input of ``k`` pictures a sample, ``(b, k, C, ...)``.
-        deltas: ``δ``, ``(b, O, k · T)``.
+        value: the input of ``G`` groups, of ``k`` pictures a sample, ``(b, k, C, ...)``.
+        deltas: ``δ``, ``(b, G, O, k · T)``.
 
     Returns:
-        ``(b, O, C · kernel)``.
+        ``(b, G, O, C / G · kernel)``.
     """
     batch, fold, channels = value.shape[:3]
+    groups, num_outputs = deltas.shape[1:3]
     places = positions(conv, value[0])
     value = value.transpose(0, 1).reshape(fold, batch * channels, *value.shape[3:])
     padding = [0] * len(places)
@@ -65,8 +66,8 @@ def weight_gradients(conv: Convolution, value: Tensor, deltas: Tensor) -> Tensor
         value = padded(conv, value)
     else:
         padding = list(conv.padding)
-    joined = deltas.reshape(batch, -1, fold, *places).movedim(2, 0).reshape(fold, -1, *places)
-    weight = value.new_empty(1).expand(joined.shape[1], channels, *conv.kernel_size)  # its shape alone matters
+    joined = deltas.reshape(batch * groups * num_outputs, fold, *places).transpose(0, 1).contiguous()
+    weight = value.new_empty(1).expand(joined.shape[1], channels // groups, *conv.kernel_size)  # for its shape
     _, made, _ = torch.ops.aten.convolution_backward(
         joined,
         value,
@@ -77,7 +78,7 @@ def weight_gradients(conv: Convolution, value: Tensor, deltas: Tensor) -> Tensor
         list(conv.dilation),
         False,
         [0] * len(places),
-        batch,
+        batch * groups,
         [False, True, False],
     )
-    return cast(Tensor, made).reshape(batch, deltas.shape[1], -1)
+    return cast(Tensor, made).reshape(batch, groups, num_outputs, -1)

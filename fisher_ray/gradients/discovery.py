@@ -93,6 +93,14 @@ class _Discovery:
                 self._blocks[piece.parameter].append(block)
         self._modules = dict(model.named_modules())
         self._names = {id(p): name for name, p in model.named_parameters() if name in self._blocks}
+        self._inside = {
+            name: {
+                self._names[id(p)]: key
+                for key, p in module.named_parameters(remove_duplicate=False)
+                if id(p) in self._names
+            }
+            for name, module in self._modules.items()
+        }  # by module, names that parameters have there, by their full names
         self._shared: set[tuple[str, int]] = set()  # calls that do not see the samples
 
     def sites(self) -> Sites:
@@ -171,11 +179,11 @@ class _Discovery:
             if self._has_formula(name, parameter) and _aware(layouts[name]):
                 by_formula[parameter].add(stack)
                 continue
-            around = next(m for m in [*reversed(stack), ""] if not m or _aware(layouts[m]))
-            placed[parameter].add(around)
+            around = (m for m in reversed(stack) if parameter in self._inside[m] and _aware(layouts[m]))
+            placed[parameter].add(next(around, ""))
         for parameter, modules in placed.items():
             stacks = {stack for used, stack in small.uses | large.uses if used == parameter}
-            modules -= {name for name in modules for other in modules if _inside(name, other, stacks)}
+            modules -= {name for name in modules for other in modules if _called_in(name, other, stacks)}
             if any(modules.intersection(stack) for stack in by_formula.get(parameter, ())):
                 placed[parameter] = {""}
         self._keep_blocks_together(placed, by_formula)
@@ -199,7 +207,7 @@ class _Discovery:
     def _made(
         self, layouts: dict[str, tuple[Layout, ...]], placed: dict[str, set[str]], by_formula: dict[str, set[Stack]]
     ) -> list[Site]:
-        sites, parameters = [], dict(self._model.named_parameters())
+        sites = []
         for name, module in self._modules.items():
             used = {parameter for parameter, stacks in by_formula.items() if any(s[-1] == name for s in stacks)}
             parts = self._parts.get(name, [])
@@ -207,9 +215,8 @@ class _Discovery:
             if mine:
                 sites.append(Site(name, module, layouts[name], self._layers[name], mine))
             if asked := [parameter for parameter, modules in placed.items() if name in modules]:
-                own = {id(p): key for key, p in module.named_parameters(remove_duplicate=False)}
                 blocks = tuple({block.name: block for parameter in asked for block in self._blocks[parameter]}.values())
-                inside = {parameter: own[id(parameters[parameter])] for parameter in asked}
+                inside = {parameter: self._inside[name][parameter] for parameter in asked}
                 sites.append(Site(name, module, layouts[name], blocks=blocks, parameters=inside))
         return sites
 
@@ -242,7 +249,7 @@ def _aware(layouts: tuple[Layout, ...]) -> bool:
     return all(layout.aware for layout in layouts)
 
 
-def _inside(name: str, other: str, stacks: set[Stack]) -> bool:
+def _called_in(name: str, other: str, stacks: set[Stack]) -> bool:
     return any(name != other and name in stack and other in stack[: stack.index(name)] for stack in stacks)
 
 

@@ -51,9 +51,16 @@ class Factors(Protocol):
     def add_moments(self, sums: MomentSums) -> None:
         """Add the second moments of both sides."""
 
+    def norms(self) -> Tensor:
+        """Return for each sample a number ``(B,)`` that is finite if its part in the second moments is."""
+
 
 class AffineInput(Protocol):
     """A layer's input as the factor ``a``."""
+
+    @property
+    def value(self) -> Tensor:
+        """The input, samples outermost."""
 
     @property
     def weight(self) -> bool:
@@ -135,7 +142,7 @@ class ConvolutionInput:
     def gradients(self, deltas: Tensor, part: slice) -> Tensor:
         """Return the weight's gradients of some samples without forming ``a``: ``(b, O, T)`` to ``(b, O, A)``."""
         value = self.value.reshape(self.batch, -1, *self.value.shape[1:])[part]
-        return weight_gradients(self.layer, value, deltas)
+        return weight_gradients(self.layer, value, deltas[:, None])[:, 0]
 
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
@@ -207,6 +214,11 @@ class AffineFactors:
         """Add ``Σ a aᵀ`` and ``Σ δ δᵀ``."""
         sums.add(self.block.name, self.inputs(), self.deltas)
 
+    def norms(self) -> Tensor:
+        """Return ``|a|² + |δ|²``, up to the number of times that a convolution sees a part of ``a``."""
+        value = self.source.value.reshape(self.deltas.shape[1], -1)
+        return value.square().sum(dim=1) + self.deltas.square().sum(dim=(0, 2, 3))
+
 
 @dataclass(frozen=True)
 class TokenFactors:
@@ -243,6 +255,10 @@ class TokenFactors:
         """Add the tokens' counts and ``Σ δ δᵀ``."""
         sums.add_tokens(self.block.name, self.tokens, self.deltas, self.block.num_outputs)
 
+    def norms(self) -> Tensor:
+        """Return ``|δ|²``."""
+        return self.deltas.square().sum(dim=(0, 2, 3))
+
 
 @dataclass(frozen=True)
 class FormedFactors:
@@ -272,3 +288,7 @@ class FormedFactors:
     def add_moments(self, sums: MomentSums) -> None:
         """Add ``Σ Gᵀ G`` and ``Σ G Gᵀ``."""
         sums.add_gradient(self.block.name, self.value)
+
+    def norms(self) -> Tensor:
+        """Return ``|G|²``."""
+        return self.value.square().sum(dim=(1, 2, 3))

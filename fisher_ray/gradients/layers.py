@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from fisher_ray.gradients.blocks import Block, Piece, single
-from fisher_ray.gradients.convolution import Convolution
+from fisher_ray.gradients.convolution import Convolution, weight_gradients
 from fisher_ray.gradients.factors import (
     AffineFactors,
     AffineInput,
@@ -23,6 +23,9 @@ from fisher_ray.gradients.factors import (
     LinearInput,
     TokenFactors,
 )
+
+MAX_GROUPS = 8
+"""Groups of a convolution that are blocks of their own; of more, as in depthwise ones, all make one block."""
 
 
 @dataclass(frozen=True)
@@ -108,39 +111,44 @@ class LinearLayer(Layer):
 
 
 class ConvolutionLayer(Layer):
-    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, a block for each group."""
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: a block for each group, or one for more than a few groups."""
 
     def blocks(self, keys: set[str]) -> list[Part]:
         """See :class:`Layer`."""
-        groups, shape = self._conv.groups, tuple(self.weight.shape)
-        rows, num_inputs = shape[0] // groups, self.weight[0].numel() if "weight" in keys else 0
+        count = self._conv.groups if self._conv.groups <= MAX_GROUPS else 1
+        shape = tuple(self.weight.shape)
+        rows, num_inputs = shape[0] // count, self.weight[0].numel() if "weight" in keys else 0
         found = []
-        for group in range(groups):
+        for group in range(count):
             mine, pieces = slice(group * rows, (group + 1) * rows), []
             if "weight" in keys:
                 pieces.append(Piece(self.names["weight"], mine, slice(0, num_inputs), (rows, *shape[1:])))
             if "bias" in keys:
                 pieces.append(Piece(self.names["bias"], mine, slice(num_inputs, num_inputs + 1), (rows,)))
-            name = self.name if groups == 1 else f"{self.name}/{group}"
+            name = self.name if count == 1 else f"{self.name}/{group}"
             block = Block(name, rows, num_inputs + int("bias" in keys), tuple(pieces))
             found.append(Part(block, "weight" in keys, "bias" in keys, group))
         return found
 
     def factors(self, part: Part, value: Tensor, delta: Tensor) -> Factors:
         """See :class:`Layer`."""
-        if not part.shared or self._conv.groups == 1:
-            return self._of_group(part, part.group, value, delta)
-        made = [self._of_group(part, group, value, delta) for group in range(self._conv.groups)]
-        return FormedFactors(part.block, torch.cat([item.gradient() for item in made], dim=2))
-
-    def _of_group(self, part: Part, group: int, value: Tensor, delta: Tensor) -> AffineFactors:
-        batch, rows = delta.shape[1], len(self.weight) // self._conv.groups
-        inputs: AffineInput = ConvolutionInput(
-            self._conv, value.chunk(self._conv.groups, dim=1)[group], batch, part.weight, part.bias
-        )
-        deltas = delta[:, :, :, group * rows : (group + 1) * rows].flatten(4)  # (S, B, k, O, T)
-        deltas = deltas[:, :, 0] if deltas.shape[2] == 1 else deltas.transpose(2, 3).flatten(3)
-        return AffineFactors(part.block, inputs, deltas)
+        groups, (num_scores, batch, fold) = self._conv.groups, delta.shape[:3]
+        rows = len(self.weight) // groups
+        deltas = delta.flatten(4).transpose(2, 3).reshape(num_scores, batch, groups, rows, -1)  # (S, B, G, O, k · T)
+        if groups == 1 or part.block.num_outputs == rows:
+            inputs: AffineInput = ConvolutionInput(
+                self._conv, value.chunk(groups, dim=1)[part.group], batch, part.weight, part.bias
+            )
+            return AffineFactors(part.block, inputs, deltas[:, :, part.group])
+        columns = []
+        if part.weight:  # the scores are more outputs of each group
+            joined = deltas.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, G, S · O, k · T)
+            value = value.reshape(batch, fold, *value.shape[1:])
+            made = weight_gradients(self._conv, value, joined).reshape(batch, groups, num_scores, rows, -1)
+            columns.append(made.transpose(1, 2).flatten(2, 3))
+        if part.bias:
+            columns.append(deltas.sum(dim=4).flatten(2).transpose(0, 1)[..., None])
+        return FormedFactors(part.block, torch.cat(columns, dim=3))
 
     @property
     def _conv(self) -> Convolution:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from fisher_ray.errors import ModelError
-from fisher_ray.gradients.capture import Axis, Call, Sites, Trace, for_each, trace
+from fisher_ray.gradients.capture import Axis, Call, Sites, Trace, for_each, frozen, trace
 from fisher_ray.gradients.discovery import discover
 from fisher_ray.gradients.factors import Factors
 from fisher_ray.gradients.forming import Scores, form_gradients
@@ -108,7 +108,9 @@ class ScoreEngine:
             self.likelihood.check(run.output)
             cotangents = start(run.output.detach())
             deltas = _backward(run, cotangents)
-        factors = [item for call, parts in zip(run.calls, deltas, strict=True) for item in _factors(call, parts, batch)]
+        with frozen(self.model):  # a module may use parameters that are not inside it
+            pairs = zip(run.calls, deltas, strict=True)
+            factors = [item for call, parts in pairs for item in _factors(call, parts, batch)]
         return Scores(run.output.detach(), run.hidden, len(cotangents), factors)
 
 

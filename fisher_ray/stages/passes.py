@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fisher_ray.config import Config
@@ -20,6 +22,28 @@ STORED_RMS = 16.0
 """Features are scaled to about this root mean square: far from float16's both ends."""
 
 
+Made = TypeVar("Made")
+Drop = Callable[[int], None]
+"""Told of a row whose sample cannot be used; may raise."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one batch.
+
+    Attributes:
+        batch: its samples, without those left out.
+        values: ``(B, C, R)``, or ``(B, R)`` for one label a sample.
+        logits: ``(B, C)``.
+        hidden: the last hidden layer ``(B, H)``, or None.
+    """
+
+    batch: Batch
+    values: Tensor
+    logits: Tensor
+    hidden: Tensor | None
+
+
 def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int) -> Scores:
     """Scores of one batch: all classes weighted by ``√p_c``, or of one label a sample (``scores.labels``)."""
     if labels == "all":
@@ -29,23 +53,68 @@ def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int) -> S
     )
 
 
-def kronecker_pass(engine: ScoreEngine, batches: Iterable[Batch], labels: str, seed: int) -> dict[str, np.ndarray]:
+def kronecker_pass(
+    engine: ScoreEngine, batches: Iterable[Batch], labels: str, seed: int, drop: Drop | None = None
+) -> dict[str, np.ndarray]:
     """Sum the factors' second moments over ``batches``."""
     sums = KroneckerSums()
     for batch in batches:
-        for item in batch_scores(engine, batch, labels, seed).factors:
+        found = _usable(batch, lambda part: batch_scores(engine, part, labels, seed), _finite_factors, drop)
+        for item in found[1].factors if found else ():
             item.add_moments(sums)
     return sums.to_arrays()
 
 
 def fisher_pass(
-    engine: ScoreEngine, compressor: KroneckerCompressor, batches: Iterable[Batch], labels: str, seed: int
+    engine: ScoreEngine,
+    compressor: KroneckerCompressor,
+    batches: Iterable[Batch],
+    labels: str,
+    seed: int,
+    drop: Drop | None = None,
 ) -> dict[str, np.ndarray]:
     """Sum the exact Fisher in compressed coordinates over ``batches``."""
     sums = FisherSum(compressor.dim)
+
+    def compressed(part: Batch) -> Tensor:
+        return compressor.compress(batch_scores(engine, part, labels, seed))
+
     for batch in batches:
-        sums.add(compressor.compress(batch_scores(engine, batch, labels, seed)), batch.index)
+        if found := _usable(batch, compressed, _finite_rows, drop):
+            sums.add(found[1], found[0].index)
     return sums.to_arrays()
+
+
+def _usable(
+    batch: Batch, make: Callable[[Batch], Made], finite: Callable[[Made], Tensor], drop: Drop | None
+) -> tuple[Batch, Made] | None:
+    """Return the samples that the network makes finite numbers of, and what is made of them; None if there are none.
+
+    Args:
+        batch: samples.
+        make: makes something of them.
+        finite: tells of what is made which samples' numbers are finite, ``(B,)``.
+        drop: told of each other sample's row; None keeps them.
+    """
+    made = make(batch)
+    if drop is None:
+        return batch, made
+    good = finite(made).to(batch.index.device)
+    if bool(good.all()):
+        return batch, made
+    for row in batch.index[~good].tolist():
+        drop(row)
+    here = good.to(batch.inputs.device)
+    kept = Batch(batch.inputs[here], batch.labels[here], batch.index[good])
+    return (kept, make(kept)) if len(kept.inputs) else None
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    return values.flatten(1).isfinite().all(dim=1)
+
+
+def _finite_factors(scores: Scores) -> Tensor:
+    return torch.stack([_finite_rows(scores.logits), *(item.norms().isfinite() for item in scores.factors)]).all(dim=0)
 
 
 def batch_features(
@@ -57,7 +126,8 @@ def batch_features(
     labels: str,
     seed: int,
     views: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    drop: Drop | None = None,
+) -> Features | None:
     """Whitened features of one batch, averaged over its views.
 
     Args:
@@ -68,17 +138,32 @@ def batch_features(
         labels: ``scores.labels``.
         seed: the run's.
         views: 1, or 2 to average over each input and its mirror image (its last axis reversed).
+        drop: told of the row of each sample that the network makes NaN or infinity of, which is left out; None keeps
+            them.
 
     Returns:
-        Features ``(B, C, R)``, or ``(B, R)`` for one label a sample; logits ``(B, C)``; the last hidden layer
-        ``(B, H)``, or None.
+        None if no sample is left.
     """
-    parts = [batch, *([Batch(batch.inputs.flip(-1), batch.labels, batch.index)] if views == 2 else [])]
-    scores = [batch_scores(engine, part, labels, seed) for part in parts]
-    compressed = _mean([compressor.compress(item) for item in scores])  # whitening is linear: one for all views
-    features = metric.transform(compressed)
+
+    def scores_of(part: Batch) -> list[Scores]:
+        mirrored = [Batch(part.inputs.flip(-1), part.labels, part.index)] if views == 2 else []
+        return [batch_scores(engine, view, labels, seed) for view in [part, *mirrored]]
+
+    def compressed_of(part: Batch) -> tuple[list[Scores], Tensor]:
+        scores = scores_of(part)
+        return scores, _mean([compressor.compress(item) for item in scores])
+
+    def finite(made: tuple[list[Scores], Tensor]) -> Tensor:
+        return _finite_rows(made[1]) & _finite_rows(_mean([item.logits for item in made[0]]))
+
+    found = _usable(batch, compressed_of, finite, drop)
+    if found is None:
+        return None
+    kept, (scores, compressed) = found
+    features = metric.transform(compressed)  # whitening is linear: one for all views
     hidden = [item.hidden for item in scores if item.hidden is not None]
-    return (
+    return Features(
+        kept,
         features if labels == "all" else features[:, 0],
         _mean([item.logits for item in scores]),
         _mean(hidden) if hidden else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fisher_ray.metric import (
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages import shallow
 from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
-from fisher_ray.stages.training import clean_batches
+from fisher_ray.stages.training import clean_batches, drop_row
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import load_arrays, open_features, save_arrays, write_unit
 
@@ -31,7 +32,8 @@ def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, 
     """Sum the factors' second moments over a unit."""
     start, skipped = time.monotonic(), dict[int, str]()
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
-    sums = kronecker_pass(bench.engine, batches, bench.config.scores.labels, bench.config.seed)
+    drop = partial(drop_row, bench, "shallow", skipped)
+    sums = kronecker_pass(bench.engine, batches, bench.config.scores.labels, bench.config.seed, drop)
     return _receipt(unit, attempt, start, skipped), {
         **zero_sums(bench.facts.block_shapes),
         **sums,
@@ -42,8 +44,8 @@ def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arr
     """Sum the Fisher over a unit, in compressed coordinates."""
     start, skipped = time.monotonic(), dict[int, str]()
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
-    config = bench.config
-    sums = fisher_pass(bench.engine, bench.compressor, batches, config.scores.labels, config.seed)
+    config, drop = bench.config, partial(drop_row, bench, "shallow", skipped)
+    sums = fisher_pass(bench.engine, bench.compressor, batches, config.scores.labels, config.seed, drop)
     return _receipt(unit, attempt, start, skipped), sums
 
 
@@ -52,7 +54,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
     start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     parts: dict[str, list[np.ndarray]] = {}
     for batch in clean_batches(bench, split, range(unit.start, unit.stop), skipped):
-        made, logits, hidden = batch_features(
+        made = batch_features(
             bench.engine,
             bench.compressor,
             bench.metric,
@@ -60,9 +62,13 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
             labels=config.scores.labels,
             seed=config.seed,
             views=config.linear.views,
+            drop=partial(drop_row, bench, split, skipped),
         )
-        arrays = {"features": made, "logits": logits, "labels": batch.labels, "index": batch.index}
-        for key, value in {**arrays, **({"hidden": hidden} if hidden is not None else {})}.items():
+        if made is None:
+            continue
+        arrays = {"features": made.values, "logits": made.logits}
+        arrays |= {"labels": made.batch.labels, "index": made.batch.index}
+        for key, value in {**arrays, **({"hidden": made.hidden} if made.hidden is not None else {})}.items():
             parts.setdefault(key, []).append(value.cpu().numpy())
     computed, url = time.monotonic(), bench.url(f"features/{name}.zarr")
     joined = {key: np.concatenate(values) for key, values in parts.items()} or _no_rows(url)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fisher_ray.config import BaseConfig, Config, TrainedOnConfig
 from fisher_ray.data import load_batches, training_batches
-from fisher_ray.errors import ModelError
+from fisher_ray.errors import DataError, ModelError
 from fisher_ray.records import Batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, network_bytes
 from fisher_ray.stages.workbench import BASE_FILE, Workbench
@@ -128,6 +128,19 @@ def clean_batches(bench: Workbench, split: str, rows: range, skipped: dict[int, 
             yield Batch(*(part.to(bench.device) for part in (batch.inputs, batch.labels, batch.index)))
     finally:
         batches.close()
+
+
+def drop_row(bench: Workbench, split: str, skipped: dict[int, str], row: int) -> None:
+    """Leave a row out that the network makes no finite numbers of, under ``data.on_error: skip``.
+
+    Raises:
+        DataError: under ``stop``, naming the row.
+    """
+    source = bench.source(split)
+    reason = f"{source.where(row)} ({source.key} row {row}): the network makes NaN or infinity of it"
+    if bench.config.data.on_error == "stop":
+        raise DataError(f"{reason}. Correct the row, or leave such rows out with data.on_error: skip.", row=row)
+    skipped[row] = reason
 
 
 def _augmented(bench: Workbench, split: str, seed: int, settings: BaseConfig) -> Generator[Batch, None, None]:

@@ -62,3 +62,19 @@ def test_the_network_is_left_as_it_was(name):
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ZOO)
+def test_on_a_gpu_the_gradients_are_the_oracles(name):
+    model, inputs = build(name, 3)
+    labels = torch.tensor([2, 0, 3])
+    expected = per_sample_gradients(model, inputs, labels)
+    moved = torch.utils._pytree.tree_map(lambda value: value.cuda(), inputs)
+    torch.set_default_device("cuda")  # a network may make tensors of its own
+    try:
+        actual = per_sample_gradients(model.cuda(), moved, labels.cuda())
+    finally:
+        torch.set_default_device(None)
+
+    torch.testing.assert_close({key: value.cpu() for key, value in actual.items()}, expected, **TOLERANCE)

@@ -264,6 +264,35 @@ class InPlace(nn.Module):
         return self.head(x + y.relu_())
 
 
+class Mixer(nn.Module):
+    """Has no parameters; is handed somebody else's."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.tanh(x @ weight)
+
+
+class Lending(nn.Module):
+    """Hands its parameters to a child, and to a function that a child holds without owning them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.weight, self.embedding = Mixer(), nn.Parameter(torch.randn(5, 5)), nn.Linear(5, 5)
+        self.head = BorrowedHead(self.embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mixer(self.embedding(x), self.weight))
+
+
+class BorrowedHead(nn.Module):
+    def __init__(self, lender: nn.Linear) -> None:
+        super().__init__()
+        self.lender = [lender]  # not registered
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x * self.scale, self.lender[0].weight)
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -318,6 +347,12 @@ ZOO: dict[str, tuple[Any, Any]] = {
         lambda: convolutional(nn.Conv2d(2, 3, (3, 4), padding="same", padding_mode="reflect"), 3),
         vectors(2, 6, 7),
     ),
+    "conv2d, depthwise": (
+        lambda: nn.Sequential(
+            nn.Conv2d(12, 24, 3, padding=1, groups=12), nn.Tanh(), convolutional(nn.Conv2d(24, 12, 3, groups=12), 12)
+        ),
+        vectors(12, 6, 5),
+    ),
     "conv3d, grouped, dilated": (
         lambda: convolutional(nn.Conv3d(4, 4, (2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), groups=2), 4),
         vectors(4, 4, 6, 5),
@@ -351,6 +386,7 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "a subclass with a forward of its own": (lambda: nn.Sequential(LoraLinear(5, 6), nn.Tanh(), head(6)), vectors(5)),
     "tied convolutions and norms": (TiedConvolutions, vectors(4, 5, 5)),
     "in place by hand": (InPlace, vectors(5)),
+    "parameters handed on": (Lending, vectors(5)),
     "layers not reached": (Unused, vectors(5)),
     "norms of vectors": (
         lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6, bias=False), nn.Tanh(), nn.RMSNorm(6), head(6)),

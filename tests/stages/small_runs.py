@@ -37,13 +37,13 @@ class LeftOut(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def write_pictures(folder: Path, bad: tuple[int, ...] = ()) -> None:
-    """Write 160 noisy pictures of three classes; those of the rows ``bad`` of the shallow split hold a NaN."""
+def write_pictures(folder: Path, bad: tuple[int, ...] = (), value: float = np.nan) -> None:
+    """Write 160 noisy pictures of three classes; those of the rows ``bad`` of the shallow split are of ``value``."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, NUM_CLASSES, 160)
     centres = generator.normal(size=(NUM_CLASSES, 1, 4, 3))
     inputs = (centres[labels] + generator.normal(size=(160, 1, 4, 3))).astype(np.float32)
-    inputs[[ROWS["shallow"][0] + row for row in bad], 0, 0, 0] = np.nan
+    inputs[[ROWS["shallow"][0] + row for row in bad]] = value
     np.savez(folder / "pictures.npz", inputs=inputs, labels=labels)
 
 
@@ -67,9 +67,9 @@ def small_config(folder: Path, **sections: Any) -> Config:
     return Config.from_dict(values).located()
 
 
-def small_bench(folder: Path, *, bad: tuple[int, ...] = (), **sections: Any) -> Workbench:
+def small_bench(folder: Path, *, bad: tuple[int, ...] = (), value: float = np.nan, **sections: Any) -> Workbench:
     """Return the workbench of a run that has its base network."""
-    write_pictures(folder, bad)
+    write_pictures(folder, bad, value)
     config = small_config(folder, **sections)
     bench = Workbench(config, inspect_request(config))
     list(training.train_base(bench))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fisher_ray
 from fisher_ray.data import plan_units
-from fisher_ray.errors import RequestError
+from fisher_ray.errors import DataError, RequestError
 from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
 from fisher_ray.metric import LowRankMetric, identity_bases
 from fisher_ray.models import mlp
@@ -182,8 +182,9 @@ BAD = (0, 21, *range(32, 48), 69)
 """Of units of 16 rows: one row of the first and the last, one of the second, and the third whole."""
 
 
-def test_rows_that_are_skipped_are_left_out_of_everything(tmp_path):
-    bench = small_bench(tmp_path, bad=BAD, data={"on_error": "skip"}, store={"dtype": "float16"})
+@pytest.mark.parametrize("value", [math.nan, 3e38], ids=["NaN in the data", "an overflow in the network"])
+def test_rows_that_are_skipped_are_left_out_of_everything(value, tmp_path):
+    bench = small_bench(tmp_path, bad=BAD, value=value, data={"on_error": "skip"}, store={"dtype": "float16"})
     found = fit_metric(bench)
     units = write_features(bench, "train", "shallow")
     good = [row for row in range(70) if row not in BAD]
@@ -205,6 +206,19 @@ def test_rows_that_are_skipped_are_left_out_of_everything(tmp_path):
     assert torch.cat([block["index"] for block in blocks]).tolist() == good
     assert torch.cat([block["labels"] for block in blocks]).tolist() == labels[good].tolist()
     assert all(bool(value.isfinite().all()) for block in blocks for value in block.values())
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_row_that_overflows_in_the_network_stops_the_run_and_is_named(views, tmp_path):
+    bench = small_bench(tmp_path, bad=(21,), value=3e38, linear={"views": views})
+    named = r"\(data\.shallow row 21\): the network makes NaN or infinity of it.*on_error: skip"
+    unit = plan_units(70, 16)[1]
+    with pytest.raises(DataError, match=named) as caught:
+        tasks.sum_kronecker(bench, unit, 1)
+    assert caught.value.row == 21
+    fit_metric(small_bench(tmp_path, linear={"views": views}))
+    with pytest.raises(DataError, match=named):
+        write_features(small_bench(tmp_path, bad=(21,), value=3e38, linear={"views": views}), "train", "shallow")
 
 
 def test_a_layer_that_the_logits_do_not_depend_on_gets_no_coordinate(tmp_path):
