@@ -116,7 +116,7 @@ def opacus(work: Workload, mode: str = "hooks") -> Run | None:
     from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
 
     torch.manual_seed(0)
-    inner = _copy(work)
+    inner = _copy(work).train()  # it looks at no layer in eval mode
     kind = {"hooks": GradSampleModule, "expanded": GradSampleModuleExpandedWeights}[mode]
     try:
         model = kind(inner, loss_reduction="sum", batch_first=True)
