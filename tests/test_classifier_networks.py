@@ -110,3 +110,13 @@ def test_a_classifier_of_a_network_with_tied_and_frozen_parts_comes_back(tmp_pat
     assert "norm1.weight" not in metric.attributes["parameters"]
     other = fisher_ray.FisherClassifier.load(str(tmp_path / "classifier.safetensors"), Gpt().double())
     assert torch.equal(other.predict_proba(tokens), classifier.predict_proba(tokens))
+
+
+def test_a_layer_without_gradient_takes_no_coordinates_from_the_others():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4)), torch.randn(50, 5)
+    nn.init.zeros_(model[3].weight)
+    metric = fisher_ray.fit_metric(model, inputs, dim=8)
+
+    assert list(metric.bases) == ["3"]
+    assert metric.rank == 8

@@ -6,10 +6,11 @@ computed.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.layers import Layer, Part
 from fisher_ray.gradients.outputs import Inputs, call, main_output
+
+Sharing = Literal["expand", "stack", "none"]
+"""How to repeat what all samples share: along a first axis of one entry if there is one, or along a new first axis."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,13 @@ class Layout:
         arguments: None for what is not a tensor, or is the same for all samples.
         outputs: the same of what the call returns.
         aware: whether there are outputs, and every floating-point one of them holds the samples.
-        shared: whether the call does not see the samples, and its result is to be repeated for each of them.
+        shared: how the result of a call that does not see the samples is repeated for each of them; None if it does.
     """
 
     arguments: tuple[Axis | None, ...]
     outputs: tuple[Axis | None, ...]
     aware: bool
-    shared: bool
+    shared: Sharing | None
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class Sites:
     sites: tuple[Site, ...]
     copy_inputs: bool
     copy_outputs: bool
+
+    @property
+    def any_shared(self) -> bool:
+        """Whether results that all samples share are repeated for each of them."""
+        return any(layout.shared is not None for site in self.sites for layout in site.layouts)
 
 
 @dataclass
@@ -145,7 +154,11 @@ def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         for site in sites.sites:
-            hook = site.module.register_forward_hook(keeper.hook(site), prepend=True, with_kwargs=True)
+            whole = site.layer is None  # its hooks are part of it, and run again with it
+            if whole:
+                before = site.module.register_forward_pre_hook(keeper.pre_hook(site), prepend=True, with_kwargs=True)
+                stack.callback(before.remove)
+            hook = site.module.register_forward_hook(keeper.hook(site), prepend=not whole, with_kwargs=True)
             stack.callback(hook.remove)
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -167,6 +180,16 @@ class _Keeper:
         self.recording = True
         self._batch, self._copy_inputs, self._copy_outputs = batch, copy_inputs, copy_outputs
         self._seen: dict[str, int] = {}
+        self._given: dict[str, list[tuple[list[Any], TreeSpec]]] = defaultdict(list)
+
+    def pre_hook(self, site: Site) -> Any:
+        """Keep a whole module's arguments before it or the user's hooks change them."""
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given, structure = tree_flatten((args, kwargs))
+            self._given[site.name].append(([self._kept(value) for value in given], structure))
+
+        return keep
 
     def hook(self, site: Site) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -179,7 +202,9 @@ class _Keeper:
                     "through its layers depends on the data"
                 )
             layout = site.layouts[min(number, len(site.layouts) - 1)]
-            given, structure = tree_flatten((args, kwargs))
+            given, structure = self._given[site.name].pop() if site.layer is None else tree_flatten((args, kwargs))
+            if not torch.is_grad_enabled():  # nothing behind this call has a gradient
+                return output
             if not site.name:  # the network itself: nothing follows that could overwrite what it returns
                 made, result = [self._marked(main_output(output), layout, foreign=False)], output
             else:
@@ -188,7 +213,7 @@ class _Keeper:
                 copies = [self._copy(value) for value in made]
                 result = tree_unflatten(copies, made_structure)
             if self.recording:
-                kept = [self._kept(value) for value in given]
+                kept = given if site.layer is None else [self._kept(value) for value in given]
                 outputs = [value if _differentiable(value) else None for value in made]
                 self.calls.append(Call(site, layout, kept, structure, outputs, _versions([*kept, *outputs])))
             return result
@@ -207,8 +232,8 @@ class _Keeper:
         """Return the output as a part of the graph, of its own if the module may have handed an input through."""
         if not _differentiable(value):
             return value
-        if layout.shared:
-            value = for_each(value.detach(), self._batch)
+        if layout.shared is not None:
+            value = for_each(value.detach(), self._batch, layout.shared)
         if foreign:
             value = value.view_as(value)
         return value if value.requires_grad else value.requires_grad_()
@@ -230,9 +255,9 @@ def _versions(values: list[Any]) -> list[int]:
     return [value._version if isinstance(value, Tensor) else 0 for value in values]
 
 
-def for_each(value: Tensor, batch: int) -> Tensor:
-    """Repeat what all samples share for each of them: ``(1, ...)`` or ``(...)`` to ``(B, ...)``."""
-    if value.ndim and value.shape[0] == 1:
+def for_each(value: Tensor, batch: int, sharing: Sharing) -> Tensor:
+    """Repeat what all samples share for each of them, ``(B, ...)``."""
+    if sharing == "expand" and value.ndim and value.shape[0] == 1:
         return value.expand(batch, *value.shape[1:])
     return value.expand(batch, *value.shape)
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
-from fisher_ray.gradients.capture import Axis, Layout, Site, Sites, for_each, frozen
+from fisher_ray.gradients.capture import Axis, Layout, Sharing, Site, Sites, for_each, frozen
 from fisher_ray.gradients.layers import Layer, Part
 from fisher_ray.gradients.outputs import Inputs, call, main_output, rows
 
@@ -60,7 +60,12 @@ class _Watch(TorchFunctionMode):
 
 
 def discover(
-    model: nn.Module, inputs: Inputs, blocks: Sequence[Block], layers: dict[str, Layer], parts: dict[str, list[Part]]
+    model: nn.Module,
+    inputs: Inputs,
+    blocks: Sequence[Block],
+    layers: dict[str, Layer],
+    parts: dict[str, list[Part]],
+    sharing: Sharing,
 ) -> Sites:
     """Return the modules whose calls give the gradients of ``blocks``.
 
@@ -70,11 +75,12 @@ def discover(
         blocks: all of them.
         layers: formulas, by module name.
         parts: by module name, what its formula gives.
+        sharing: how the results of layers that do not see the samples are repeated for each of them.
 
     Raises:
         ModelError: if a parameter's gradient cannot be had.
     """
-    return _Discovery(model, inputs, blocks, layers, parts).sites()
+    return _Discovery(model, inputs, blocks, layers, parts, sharing).sites()
 
 
 class _Discovery:
@@ -85,7 +91,9 @@ class _Discovery:
         blocks: Sequence[Block],
         layers: dict[str, Layer],
         parts: dict[str, list[Part]],
+        sharing: Sharing,
     ) -> None:
+        self._sharing = sharing
         self._model, self._inputs, self._layers, self._parts = model, inputs, layers, parts
         self._blocks: dict[str, list[Block]] = defaultdict(list)  # by parameter
         for block in blocks:
@@ -94,31 +102,36 @@ class _Discovery:
         self._modules = dict(model.named_modules())
         self._names = {id(p): name for name, p in model.named_parameters() if name in self._blocks}
         self._inside = {
-            name: {
-                self._names[id(p)]: key
-                for key, p in module.named_parameters(remove_duplicate=False)
-                if id(p) in self._names
-            }
+            name: {self._names[id(p)]: key for key, p in module.named_parameters() if id(p) in self._names}
             for name, module in self._modules.items()
         }  # by module, names that parameters have there, by their full names
         self._shared: set[tuple[str, int]] = set()  # calls that do not see the samples
 
     def sites(self) -> Sites:
+        small, large = self._runs()
+        if self._sharing != "none":
+            try:
+                small, large = self._share(small, large)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ModelError(f"what its samples share cannot be repeated for each of them: {error}") from error
+        inputs, outputs = (any(t._version != v for t, v in kept) for kept in (small.inputs, small.outputs))
+        return Sites(tuple(self._place(small, large)), inputs, outputs)
+
+    def _runs(self) -> tuple[_Seen, _Seen]:
         small = self._run(SIZES[0])
-        large = self._run(SIZES[1], small)
+        return small, self._run(SIZES[1], small)
+
+    def _share(self, small: _Seen, large: _Seen) -> tuple[_Seen, _Seen]:
+        """Repeat the results of layers that do not see the samples, until there is no such layer."""
         plain = small.output
         for _ in range(MAX_ROUNDS):
             if not (found := self._unaware(small, large)):
                 break
             self._shared |= found
-            small = self._run(SIZES[0])
-            large = self._run(SIZES[1], small)
-        if self._shared and not _same(small.output, plain):
-            self._shared.clear()
-            small = self._run(SIZES[0])
-            large = self._run(SIZES[1], small)
-        inputs, outputs = (any(t._version != v for t, v in kept) for kept in (small.inputs, small.outputs))
-        return Sites(tuple(self._place(small, large)), inputs, outputs)
+            small, large = self._runs()
+        if not _same(small.output, plain):
+            raise ModelError("the network's output changes if what its samples share is repeated for each of them")
+        return small, large
 
     def _run(self, size: int, before: _Seen | None = None) -> _Seen:
         seen, stack = _Seen(), list[str]()
@@ -136,7 +149,9 @@ class _Discovery:
     @contextmanager
     def _watched(self, stack: list[str], seen: _Seen, size: int) -> Iterator[None]:
         def entering(name: str) -> Any:
-            def hook(module: nn.Module, args: Any) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                with torch._C.DisableTorchFunction():
+                    seen.inputs += _versions(tree_leaves((args, kwargs)))
                 stack.append(name)
 
             return hook
@@ -145,10 +160,9 @@ class _Discovery:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
                 with torch._C.DisableTorchFunction():
                     if (name, len(seen.calls[name])) in self._shared:
-                        output = for_each(output, size)
+                        output = for_each(output, size, self._sharing)
                     given, made = tree_leaves((args, kwargs)), tree_leaves(output) if name else [main_output(output)]
                     seen.calls[name].append((_shapes(given), _shapes(made, floating=True)))
-                    seen.inputs += _versions(given)
                     seen.outputs += _versions(made)
                     stack.pop()
                 return output
@@ -157,7 +171,7 @@ class _Discovery:
 
         with ExitStack() as hooks:
             for name, module in self._modules.items():
-                hooks.callback(module.register_forward_pre_hook(entering(name), prepend=True).remove)
+                hooks.callback(module.register_forward_pre_hook(entering(name), prepend=True, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(leaving(name), prepend=True, with_kwargs=True).remove)
             yield
 
@@ -232,7 +246,8 @@ class _Discovery:
             outputs = _axes(a[1], b[1])
             floats = [axis for axis, shape in zip(outputs, a[1], strict=True) if shape is not None]
             aware = bool(floats) and None not in floats
-            layouts.append(Layout(_axes(a[0], b[0]), outputs, aware, (name, number) in self._shared))
+            shared = self._sharing if (name, number) in self._shared else None
+            layouts.append(Layout(_axes(a[0], b[0]), outputs, aware, shared))
         return tuple(layouts)
 
 
@@ -241,7 +256,12 @@ def _versions(leaves: list[Any]) -> list[tuple[Tensor, int]]:
 
 
 def _same(output: Tensor | None, other: Tensor | None) -> bool:
-    return output is not None and other is not None and output.shape == other.shape and torch.allclose(output, other)
+    return (
+        output is not None
+        and other is not None
+        and output.shape == other.shape
+        and torch.allclose(output, other, equal_nan=True)
+    )
 
 
 def _aware(layouts: tuple[Layout, ...]) -> bool:

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_unflatten
@@ -46,7 +47,7 @@ def formed_factors(call: Call, deltas: list[Tensor | None]) -> list[FormedFactor
     ]
     reached = [delta is not None for delta in deltas]
     try:
-        with _vectorising():
+        with _vectorising(), _restoring(site.module):
             gradients = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(samples, pulled)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -65,16 +66,31 @@ def _vectorising() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _restoring(module: nn.Module) -> Iterator[None]:
+    """Put back what a module keeps of a call: inside it are tensors that are none outside the vectorised function."""
+    own: list[dict[str, Any]] = []
+    for part in module.modules():
+        own += [part.__dict__, cast(dict[str, Any], part._buffers), cast(dict[str, Any], part._parameters)]
+    before = [dict(values) for values in own]
+    try:
+        yield
+    finally:
+        for values, kept in zip(own, before, strict=True):
+            values.clear()
+            values.update(kept)
+
+
 def _of_sample(call: Call, reached: list[bool], sample: list[Tensor], deltas: list[Tensor]) -> dict[str, Tensor]:
     """Return one sample's gradients ``(S, *shape)``, from its arguments ``(k, ...)`` and ``deltas`` ``(S, k, ...)``."""
     site, layout = call.site, call.layout
-    values = {name: parameter.detach() for name, parameter in site.module.named_parameters(remove_duplicate=False)}
+    values = {name: parameter.detach() for name, parameter in site.module.named_parameters()}
     wanted = {name: values.pop(name) for name in site.parameters.values()}
 
     def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
         given = iter(sample)
         flat = [
-            value if axis is None else next(given).movedim(0, axis.dim)
+            value if axis is None else next(given).movedim(0, axis.dim).clone()  # which the module may overwrite
             for value, axis in zip(call.arguments, layout.arguments, strict=True)
         ]
         args, kwargs = tree_unflatten(flat, call.structure)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +258,8 @@ def layer_of(name: str, module: nn.Module, names: dict[str, str]) -> Layer | Non
     """
     if not isinstance(module._parameters.get("weight"), nn.Parameter) or parametrize.is_parametrized(module):
         return None
+    if "forward" in module.__dict__:
+        return None
     if not names.keys() <= {"weight", "bias"}:
         return None
     if _is_transposed_linear(module):
@@ -266,7 +267,7 @@ def layer_of(name: str, module: nn.Module, names: dict[str, str]) -> Layer | Non
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return None
     for kind, formula in _KINDS.items():
-        if isinstance(module, kind) and _forward(type(module)) is _stock_forward(type(module), kind):
+        if isinstance(module, kind) and all(_is_stock(type(module), kind, key) for key in ("forward", "_conv_forward")):
             return formula(name, module, names)
     return None
 
@@ -277,13 +278,7 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _forward(kind: type[Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], kind.forward)
-
-
-def _stock_forward(kind: type[nn.Module], base: type[nn.Module]) -> Callable[..., Any] | None:
-    """Return the forward that ``kind`` would have without one of its own: its nearest stock ancestor's."""
-    for ancestor in kind.__mro__:
-        if ancestor.__module__.startswith("torch.nn.modules.") and issubclass(ancestor, base):
-            return _forward(ancestor)
-    return None
+def _is_stock(kind: type[nn.Module], base: type[nn.Module], method: str) -> bool:
+    """Whether a method is that of the class's nearest ancestor among torch's own, below ``base``."""
+    stock = next(a for a in kind.__mro__ if a.__module__.startswith("torch.nn.modules.") and issubclass(a, base))
+    return getattr(kind, method, None) is getattr(stock, method, None)

@@ -63,7 +63,7 @@ class Softmax:
             given = f"label {int(targets[wrong][0])}" if fits else f"shape {tuple(targets.shape)}"
             raise DataError(f"targets: {given}; the rule is one integer in [0, {num_classes}) for each sample")
         probabilities = output.softmax(dim=1)
-        return functional.one_hot(targets, num_classes).to(probabilities) - probabilities
+        return functional.one_hot(targets.long(), num_classes).to(probabilities) - probabilities
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """See :class:`Likelihood`; also ``uniform``, any class as likely as another."""

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from fisher_ray.errors import ModelError
@@ -39,6 +40,7 @@ def choose_parameters(model: nn.Module, parameters: str | Collection[str] = "*")
             or dropout in train mode).
     """
     for name, module in model.named_modules():
+        _refuse_unusable(name, module)
         _refuse_train_mode(name, module)
     found = Parameters(_chosen(model, parameters))
     owners: dict[Tensor, list[str]] = defaultdict(list)
@@ -86,12 +88,27 @@ def _chosen(model: nn.Module, parameters: str | Collection[str]) -> list[str]:
     return [name for name in every if name in parameters]
 
 
+def _refuse_unusable(name: str, module: nn.Module) -> None:
+    what = f"layer {name!r} ({type(module).__name__})"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(f"{what} is compiled by torch.jit, which hides its parts. Give the module it was made from.")
+    for key, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(f"{what}: {key} has no shape yet. Call the network once before.")
+        if parameter.is_complex():
+            raise ModelError(f"{what}: {key} is complex. Leave real and imaginary parts as two real parameters.")
+
+
 def _refuse_train_mode(name: str, module: nn.Module) -> None:
     dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
     attention = isinstance(module, nn.MultiheadAttention) and module.dropout > 0
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    running = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats
+    running |= type(module).__name__ == "_SpectralNorm"
     what = f"layer {name!r} ({type(module).__name__})"
-    if module.training and (dropout or attention or batch_norm):
+    if module.training and (dropout or attention or batch_norm or running):
         raise ModelError(
             f"{what} is in train mode, so a sample's gradient would depend on its batch or on chance. "
             "Call model.eval() first."

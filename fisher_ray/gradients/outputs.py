@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,9 @@ def tensors(inputs: Inputs) -> list[Tensor]:
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
     )
     found = [value for value in values if isinstance(value, Tensor)]
-    if not found or len({len(value) if value.ndim else -1 for value in found}) > 1:
+    if not found or len({len(value) if value.ndim else 0 for value in found} | {0}) != 2:
         shapes = ", ".join(str(tuple(value.shape)) for value in found) or "no tensor"
-        raise RequestError(f"inputs are {shapes}. Give tensors with the samples on the first axis of each.")
+        raise RequestError(f"inputs are {shapes}. Give tensors with one sample or more on the first axis of each.")
     return found
 
 
@@ -45,7 +45,30 @@ def rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
 
     if isinstance(inputs, Mapping):
         return {name: taken(value) for name, value in inputs.items()}
-    return type(inputs)(taken(value) for value in inputs) if isinstance(inputs, tuple | list) else taken(inputs)
+    if not isinstance(inputs, tuple | list):
+        return cast(Tensor, taken(inputs))
+    values = [taken(value) for value in inputs]
+    return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
+
+
+def signature(inputs: Inputs) -> tuple[Any, ...]:
+    """Return what the inputs have in common with other batches that take the same way through a network."""
+    named = inputs.items() if isinstance(inputs, Mapping) else enumerate(tensors(inputs))
+    return tuple((key, tuple(value.shape[1:]), value.dtype) for key, value in named if isinstance(value, Tensor))
+
+
+def outside_inference(inputs: Inputs) -> Inputs:
+    """Return the inputs as tensors that may be part of a graph, copied where they were made in inference mode."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    if isinstance(inputs, Mapping):
+        return {name: copied(value) for name, value in inputs.items()}
+    if not isinstance(inputs, tuple | list):
+        return cast(Tensor, copied(inputs))
+    values = [copied(value) for value in inputs]
+    return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
 
 
 def main_output(output: Any) -> Tensor:
@@ -86,10 +109,21 @@ def pull_back(
         ModelError: if a part of the network is checkpointed in a way that gives no gradients of single tensors.
     """
     try:
-        return torch.autograd.grad(output, wanted, cotangents, is_grads_batched=batched, allow_unused=True)
+        return torch.autograd.grad(
+            output, wanted, cotangents, is_grads_batched=batched, allow_unused=True, retain_graph=batched
+        )
     except RuntimeError as error:
+        if batched and "use_reentrant" not in str(error):
+            return _one_by_one(output, wanted, cotangents)
         if "use_reentrant" not in str(error):
             raise
         raise ModelError(
             "the network checkpoints activations in the older way. Pass use_reentrant=False to torch.utils.checkpoint."
         ) from error
+
+
+def _one_by_one(output: Tensor, wanted: Sequence[Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Return what a batched backward would, for a graph with a function that cannot be vectorised."""
+    rows = [torch.autograd.grad(output, wanted, row, allow_unused=True, retain_graph=True) for row in cotangents]
+    columns = zip(*rows, strict=True)
+    return tuple(None if parts[0] is None else torch.stack([p for p in parts if p is not None]) for parts in columns)

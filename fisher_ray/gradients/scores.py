@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fisher_ray.errors import ModelError
-from fisher_ray.gradients.capture import Axis, Call, Sites, Trace, for_each, frozen, trace
+from fisher_ray.gradients.capture import Axis, Call, Sharing, Sites, Trace, for_each, frozen, trace
 from fisher_ray.gradients.discovery import discover
 from fisher_ray.gradients.factors import Factors
 from fisher_ray.gradients.forming import Scores, form_gradients
 from fisher_ray.gradients.general import formed_factors
 from fisher_ray.gradients.likelihood import Likelihood, Softmax
 from fisher_ray.gradients.network import choose_parameters
-from fisher_ray.gradients.outputs import Inputs, pull_back, rows, tensors
+from fisher_ray.gradients.outputs import Inputs, outside_inference, pull_back, rows, signature, tensors
 from fisher_ray.gradients.verification import verify
 
 FIRST = Axis(0, 1)
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
+MAX_TRIES = 4
+"""Batches on which gradients that were zero so far are compared."""
 
 
 class ScoreEngine:
     """Computes factors of scores for one network.
 
-    On its first batch the network is looked at (:mod:`fisher_ray.gradients.discovery`), and what the factors add up to
-    is compared with a plain backward pass (:mod:`fisher_ray.gradients.verification`).
+    On the first batch of every shape the network is looked at (:mod:`fisher_ray.gradients.discovery`), and what the
+    factors add up to is compared with a plain backward pass (:mod:`fisher_ray.gradients.verification`).
 
     Args:
         model: the network, whose rows must not depend on each other.
@@ -49,8 +55,7 @@ class ScoreEngine:
         self.model, self.likelihood = model, likelihood or Softmax()
         self._chosen, self._asked = choose_parameters(model, parameters), parameters
         self.blocks, self.parameters = self._chosen.blocks, self._chosen.names
-        self._sites: Sites | None = None
-        self._num_verified = 0
+        self._ways: dict[tuple[Any, ...], _Way] = {}
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
@@ -91,18 +96,37 @@ class ScoreEngine:
         return self._scores(inputs, start)
 
     def _scores(self, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
-        batch = len(tensors(inputs)[0])
-        if self._sites is None:
-            self._sites = discover(self.model, inputs, self.blocks, self._chosen.layers, self._chosen.parts)
-        if self._num_verified < min(batch, 2):  # with one sample alone, nothing can be mixed up with another
-            self._num_verified = min(batch, 2)
-            verify(self.model, rows(inputs, slice(0, 2)), self.blocks, self._compute)
-        return self._compute(inputs, start)
+        with torch.inference_mode(False):
+            inputs = outside_inference(inputs)
+            return self._compute(self._way(inputs).sites, inputs, start)
 
-    def _compute(self, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
+    def _way(self, inputs: Inputs) -> _Way:
+        """Return the way that inputs of these shapes take through the network, looked at and verified."""
+        batch, key = len(tensors(inputs)[0]), signature(inputs)
+        way = self._ways.get(key)
+        if way is not None and not way.open(min(batch, 2), self.parameters):
+            return way
+        sample = rows(inputs, torch.arange(min(batch, 2)))
+        sharings = SHARINGS if way is None else SHARINGS[SHARINGS.index(way.sharing) :]
+        for sharing in sharings:
+            try:
+                if way is None or way.sharing != sharing:
+                    way = _Way(sharing, self._discover(inputs, sharing))
+                way.add(min(batch, 2), verify(self.model, sample, self.blocks, partial(self._compute, way.sites)))
+            except ModelError:
+                if sharing == SHARINGS[-1] or (way is not None and way.sharing == sharing and not way.sites.any_shared):
+                    raise
+                continue
+            self._ways[key] = way
+            return way
+        raise AssertionError("the last way returns or raises")
+
+    def _discover(self, inputs: Inputs, sharing: Sharing) -> Sites:
+        return discover(self.model, inputs, self.blocks, self._chosen.layers, self._chosen.parts, sharing)
+
+    def _compute(self, sites: Sites, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
         batch = len(tensors(inputs)[0])
-        assert self._sites is not None
-        with trace(self.model, inputs, self._sites, batch) as run:
+        with trace(self.model, inputs, sites, batch) as run:
             if len(run.output) != batch:
                 raise ModelError(f"the network's output is {tuple(run.output.shape)} for {batch} samples")
             self.likelihood.check(run.output)
@@ -112,6 +136,30 @@ class ScoreEngine:
             pairs = zip(run.calls, deltas, strict=True)
             factors = [item for call, parts in pairs for item in _factors(call, parts, batch)]
         return Scores(run.output.detach(), run.hidden, len(cotangents), factors)
+
+
+class _Way:
+    """How inputs of some shapes go through the network.
+
+    Attributes:
+        sharing: how what the samples share is repeated.
+        sites: what is kept.
+    """
+
+    def __init__(self, sharing: Sharing, sites: Sites) -> None:
+        self.sharing, self.sites = sharing, sites
+        self._num_samples = self._tries = 0
+        self._compared: set[str] = set()
+
+    def open(self, num_samples: int, parameters: list[str]) -> bool:
+        """Whether a comparison of so many samples would say something new."""
+        more = self._tries < MAX_TRIES and not self._compared.issuperset(parameters)
+        return more or num_samples > self._num_samples  # with one alone, nothing can be mixed up with another
+
+    def add(self, num_samples: int, compared: set[str]) -> None:
+        """Note a comparison that went well, and the parameters whose gradients were not zero in it."""
+        self._num_samples, self._tries = max(num_samples, self._num_samples), self._tries + 1
+        self._compared |= compared
 
 
 def _backward(run: Trace, cotangents: Tensor) -> list[list[Tensor | None]]:
@@ -136,12 +184,14 @@ def _factors(call: Call, deltas: list[Tensor | None], batch: int) -> list[Factor
         raise ModelError(f"layer {call.site.name!r} returns no tensor with a row for each sample")
     place = next(place for place, value in enumerate(call.arguments) if isinstance(value, Tensor))
     value, given = call.arguments[place], call.layout.arguments[place]
-    if call.layout.shared:
-        value, given = for_each(value, batch), FIRST
+    if call.layout.shared is not None:
+        value, given = for_each(value, batch, call.layout.shared), FIRST
     if given is None:
         raise ModelError(f"layer {call.site.name!r} has an input without a row for each sample, and an output with one")
-    value = given.outermost(value).flatten(0, 1)
-    return [call.site.layer.factors(part, value, axis.outermost(delta, 1)) for part in call.site.parts]
+    value, delta = given.outermost(value), axis.outermost(delta, 1)
+    if len(value) != batch or delta.shape[1] != batch:
+        raise ModelError(f"layer {call.site.name!r} has {len(value)} rows for {batch} samples")
+    return [call.site.layer.factors(part, value.flatten(0, 1), delta) for part in call.site.parts]
 
 
 def per_sample_gradients(model: nn.Module, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:

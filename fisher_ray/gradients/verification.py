@@ -21,7 +21,7 @@ Start = Callable[[Tensor], Tensor]
 Compute = Callable[[Inputs, Start], Scores]
 
 
-def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: Compute) -> None:
+def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: Compute) -> set[str]:
     """Compare the sum of the samples' gradients with a plain backward, and each sample's with its own by itself.
 
     Args:
@@ -29,6 +29,9 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
         inputs: of one or two samples.
         blocks: of the parameters whose gradients are taken.
         compute: makes scores from inputs and a function from the output to the cotangents ``(1, B, ...)``.
+
+    Returns:
+        The parameters whose gradients are finite and not zero, so that comparing them says something.
 
     Raises:
         ModelError: naming the parameter whose gradients differ.
@@ -55,6 +58,7 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
                 f"the gradient of parameter {name!r} for a sample depends on the other samples of its batch: look for "
                 "batch statistics in the network, or for samples that are not on the first axis of its output"
             )
+    return {name for name, value in plain.items() if 0 < float(value.norm()) < float("inf")}
 
 
 def _plain(model: nn.Module, inputs: Inputs, names: set[str]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -108,7 +108,7 @@ def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]]
         raise DataError("the Kronecker sums have no rows: all were skipped, or there are none")
     decomposed = {}
     for name in shapes:
-        if f"{name}:inputs" in sums:
+        if sums.get(f"{name}:positions", 0) > 0:  # some row's logits depend on it
             values_in, vectors_in = _eigh(sums[f"{name}:inputs"], name)
             values_out, vectors_out = _eigh(sums[f"{name}:outputs"], name)
             products = torch.outer(values_out, values_in) / float(sums[f"{name}:positions"])

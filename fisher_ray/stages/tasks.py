@@ -101,14 +101,9 @@ def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:
         ``layers``: name, shape and number of coordinates of each.
     """
     shapes = bench.facts.block_shapes
-    bases = choose_bases(_reached(sums[0]), shapes, bench.config.compression.dim) if sums else identity_bases(shapes)
+    bases = choose_bases(sums[0], shapes, bench.config.compression.dim) if sums else identity_bases(shapes)
     save_arrays(bench.url("basis.zarr"), basis_arrays(bases), {"kind": "basis", "blocks": list(bases)})
     return {"layers": [{"name": n, "shape": list(shapes[n]), "coordinates": len(b.pairs)} for n, b in bases.items()]}
-
-
-def _reached(sums: Arrays) -> Arrays:
-    """Leave out the blocks that no row's logits depend on."""
-    return {key: value for key, value in sums.items() if sums[f"{key.rpartition(':')[0]}:positions"] > 0}
 
 
 def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from typing import Any
 
@@ -293,6 +294,116 @@ class BorrowedHead(nn.Module):
         return functional.linear(x * self.scale, self.lender[0].weight)
 
 
+class Composed(nn.Module):
+    """Applies a function to itself and the inputs; its parts are given by name."""
+
+    def __init__(self, function: Any, **parts: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def table(length: int = 7, width: int = 6) -> nn.Module:
+    return nn.Embedding(length, width)
+
+
+def positions(function: Any) -> Any:
+    """A classifier of tokens with positions, which ``function`` adds to what the tokens are embedded as."""
+
+    def forward(self: Any, t: Tensor) -> Tensor:
+        return self.head(torch.tanh(function(self.tokens(t), self.places(torch.arange(t.shape[1])))).mean(1))
+
+    return lambda: Composed(forward, tokens=table(11), places=table(), head=head(6))
+
+
+def queries() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weights = torch.einsum("qd,bkd->bqk", self.project(self.query.weight), x).softmax(-1)
+        return self.head(torch.tanh(weights @ x).flatten(1))
+
+    return Composed(forward, query=table(2), project=nn.Linear(6, 6), head=head(12))
+
+
+def relative_bias() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        places = torch.arange(3)
+        bias = self.table(places[:, None] - places[None] + 2).permute(2, 0, 1).unsqueeze(0)  # (1, heads, 3, 3)
+        q, k = (layer(x).unflatten(2, (2, 3)).transpose(1, 2) for layer in (self.q, self.k))
+        return self.head((q @ k.transpose(2, 3) + bias).softmax(3).flatten(1))
+
+    return Composed(forward, table=table(5, 2), q=nn.Linear(6, 6), k=nn.Linear(6, 6), head=head(18))
+
+
+def tied_with_raw() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x)))) * self.gain)
+
+    model = Composed(forward, one=nn.Linear(5, 5), two=nn.Linear(5, 5), gain=nn.Parameter(torch.randn(5)), head=head(5))
+    model.two.weight = model.one.weight
+    model.alias = model.one
+    return model
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 5), Own(), nn.Linear(5, 5), head(5))
+    for layer in (model[1], model[2]):
+        layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        layer.register_forward_hook(lambda module, args, output: output * 3)
+    return model
+
+
+class InPlaceScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= self.scale
+        return functional.leaky_relu_(x)
+
+
+def without_gradient() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            fixed = self.fixed(x)
+        return self.head(torch.tanh(fixed) + self.moving(x))
+
+    return Composed(forward, fixed=nn.Linear(5, 5), moving=nn.Linear(5, 5), head=head(5))
+
+
+class Standardised(nn.Conv2d):
+    """Standardises its weight, as in big transfer's networks."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        mean, std = weight.mean((1, 2, 3), keepdim=True), weight.std((1, 2, 3), keepdim=True)
+        return super()._conv_forward(x, (weight - mean) / std, bias)
+
+
+def patched() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), head(6))
+    model[0].forward = lambda x, layer=model[0]: functional.linear(x, 2 * layer.weight, layer.bias)
+    return model
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(5, 6)), nn.Tanh(), head(6))
+
+
+def remembering() -> nn.Module:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.last = torch.tanh(x * self.scale)
+        return self.head(self.last)
+
+    inner = Composed(forward, scale=nn.Parameter(torch.randn(5)), head=head(5), last=None)
+    return nn.Sequential(nn.Linear(5, 5), inner)
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -386,6 +497,22 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "a subclass with a forward of its own": (lambda: nn.Sequential(LoraLinear(5, 6), nn.Tanh(), head(6)), vectors(5)),
     "tied convolutions and norms": (TiedConvolutions, vectors(4, 5, 5)),
     "in place by hand": (InPlace, vectors(5)),
+    "positions with an axis of their own": (positions(lambda x, p: x + p[None]), tokens(7)),
+    "positions repeated": (positions(lambda x, p: x + p[None].repeat(len(x), 1, 1)), tokens(7)),
+    "one position": (positions(lambda x, p: x + p), tokens(1)),
+    "learned queries": (queries, vectors(4, 6)),
+    "relative positions": (relative_bias, vectors(3, 6)),
+    "tied layers beside a raw parameter": (tied_with_raw, vectors(5)),
+    "the user's own hooks": (hooked, vectors(3)),
+    "a module that overwrites its argument": (
+        lambda: nn.Sequential(nn.Linear(5, 5), InPlaceScale(), head(5)),
+        vectors(5),
+    ),
+    "a part without gradients": (without_gradient, vectors(5)),
+    "standardised weights": (lambda: convolutional(Standardised(2, 3, 3), 3), vectors(2, 6, 6)),
+    "a forward put on a layer": (patched, vectors(5)),
+    "weight norm by hooks": (old_weight_norm, vectors(5)),
+    "a module that keeps what it computed": (remembering, vectors(5)),
     "parameters handed on": (Lending, vectors(5)),
     "layers not reached": (Unused, vectors(5)),
     "norms of vectors": (
