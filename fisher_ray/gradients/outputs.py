@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fisher_ray.errors import ModelError, RequestError
 
@@ -37,18 +38,20 @@ def tensors(inputs: Inputs) -> list[Tensor]:
     return found
 
 
-def rows(inputs: Inputs, index: Tensor | slice) -> Inputs:
-    """Return some of the samples."""
+def rows(inputs: Inputs, index: Tensor) -> Inputs:
+    """Return copies of some of the samples."""
+    return _each(inputs, lambda value: value[index])
 
-    def taken(value: Any) -> Any:
-        return value[index] if isinstance(value, Tensor) else value
+
+def _each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
+    """Apply a function to every tensor of the inputs."""
+
+    def made(value: Any) -> Any:
+        return function(value) if isinstance(value, Tensor) else value
 
     if isinstance(inputs, Mapping):
-        return {name: taken(value) for name, value in inputs.items()}
-    if not isinstance(inputs, tuple | list):
-        return cast(Tensor, taken(inputs))
-    values = [taken(value) for value in inputs]
-    return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
+        return {name: made(value) for name, value in inputs.items()}
+    return cast(Inputs, tree_map(made, inputs))
 
 
 def signature(inputs: Inputs) -> tuple[Any, ...]:
@@ -59,16 +62,7 @@ def signature(inputs: Inputs) -> tuple[Any, ...]:
 
 def outside_inference(inputs: Inputs) -> Inputs:
     """Return the inputs as tensors that may be part of a graph, copied where they were made in inference mode."""
-
-    def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-    if isinstance(inputs, Mapping):
-        return {name: copied(value) for name, value in inputs.items()}
-    if not isinstance(inputs, tuple | list):
-        return cast(Tensor, copied(inputs))
-    values = [copied(value) for value in inputs]
-    return type(inputs)(*values) if hasattr(inputs, "_fields") else type(inputs)(values)
+    return _each(inputs, lambda value: value.clone() if value.is_inference() else value)
 
 
 def main_output(output: Any) -> Tensor:

@@ -36,22 +36,24 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
     Raises:
         ModelError: naming the parameter whose gradients differ.
     """
-    batch = len(tensors(inputs)[0])
-    cotangents, plain = _plain(model, inputs, {piece.parameter for block in blocks for piece in block.pieces})
+    every = torch.arange(len(tensors(inputs)[0]))
+    cotangents, plain = _plain(
+        model, rows(inputs, every), {piece.parameter for block in blocks for piece in block.pieces}
+    )
 
-    def gradients(part: slice) -> dict[str, Tensor]:
+    def gradients(part: Tensor) -> dict[str, Tensor]:
         scores = compute(rows(inputs, part), lambda output: cotangents[part][None])
         return {name: value[:, 0] for name, value in form_gradients(blocks, model, scores).items()}
 
-    together = gradients(slice(None))
+    together = gradients(every)
     if name := _different({name: value.sum(0) for name, value in together.items()}, plain):
         raise ModelError(
             f"the gradients of parameter {name!r} do not add up to those of a plain backward pass: the network's "
             "output depends on chance, or it uses the parameter in a way that is not supported (leave it out with "
             "scores.parameters)"
         )
-    for row in range(batch if batch > 1 else 0):
-        alone = gradients(slice(row, row + 1))
+    for row in range(len(every) if len(every) > 1 else 0):
+        alone = gradients(every[row : row + 1])
         mine = {name: value[row] for name, value in together.items()}
         if name := _different(mine, {name: value[0] for name, value in alone.items()}):
             raise ModelError(

@@ -41,7 +41,7 @@ def test_the_buffer_holds_the_oracles_gradients_batch_after_batch(name):
     engine = ScoreEngine(model)
     buffer = GradientBuffer(engine.blocks, model, 4)
     buffer._buffer.fill_(torch.nan)  # what is not written shows
-    buffer.fill(engine.of_labels(rows(inputs, slice(0, 2)), LABELS.flip(0)[:2]))
+    buffer.fill(engine.of_labels(rows(inputs, torch.arange(2)), LABELS.flip(0)[:2]))
     made = buffer.fill(engine.of_labels(inputs, LABELS))
 
     assert made.shape == (3, 1, buffer.num_parameters)

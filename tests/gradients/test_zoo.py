@@ -18,7 +18,7 @@ TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 def oracle(model, inputs, row, score):
     """Gradients of ``score`` of one sample's output, by one backward of that sample alone."""
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    value = score(main_output(call(model, rows(inputs, slice(row, row + 1))))[0])
+    value = score(main_output(call(model, rows(inputs, torch.tensor([row]))))[0])
     found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else gradient.detach()
@@ -67,8 +67,18 @@ def test_the_network_is_left_as_it_was(name):
     assert hooks == [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
 
 
+def test_a_network_that_overwrites_its_inputs_is_looked_at_on_copies_of_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.Linear(5, 4)).double()
+    inputs, labels = torch.randn(3, 5, dtype=torch.float64), torch.tensor([2, 0, 3])
+    actual = per_sample_gradients(model, inputs.clone(), labels)
+    for row, label in enumerate(labels.tolist()):
+        expected = oracle(model, inputs, row, log_softmax_of(label))
+        torch.testing.assert_close({key: -value[row] for key, value in actual.items()}, expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["weight norm by hooks", "a module that keeps what it computed"])
-def test_a_network_can_be_copied_and_used_afterwards(name):
+def test_nothing_of_a_vectorised_call_is_left_in_the_network(name):
     model, inputs = build(name, 2)
     per_sample_gradients(model, inputs, torch.tensor([0, 1]))
     for module in model.modules():
