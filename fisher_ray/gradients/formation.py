@@ -24,15 +24,14 @@ class Workspace:
 
     def __init__(self, like: Tensor) -> None:
         """See the class."""
-        self._like = like.detach()
-        self._kept: dict[str, Tensor] = {}
+        self._kept = like.new_empty(0)
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """Return an uninitialised tensor, which the next one of the same name overwrites."""
+    def take(self, *shape: int) -> Tensor:
+        """Return an uninitialised tensor, which the next one overwrites."""
         size = math.prod(shape)
-        if name not in self._kept or len(self._kept[name]) < size:
-            self._kept[name] = self._like.new_empty(size)
-        return self._kept[name][:size].view(shape)
+        if len(self._kept) < size:
+            self._kept = self._kept.new_empty(size)
+        return self._kept[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def form_chunks(item: AffineFactors, workspace: Workspace, *, row_step: int = 1)
             if isinstance(item.source, ConvolutionInput):
                 gradient = item.source.gradients(joined, part)
             else:
-                gradient = workspace.take("gradient", *joined.shape[:2], width)
+                gradient = workspace.take(*joined.shape[:2], width)
                 outer(joined, item.source.patches()[part].transpose(1, 2), gradient)
             yield Chunk(part, rows, gradient.view(*deltas.shape[:3], width))
 
