@@ -8,7 +8,7 @@ see it is left to a vector-Jacobian product of the smallest module around that h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.capture import Axis, Layout, Sharing, Site, Sites, for_each, frozen
-from fisher_ray.gradients.layers import Layer, Part
+from fisher_ray.gradients.network import Parameters
 from fisher_ray.gradients.outputs import Inputs, call, main_output, rows
 
 SIZES = (2, 3)
@@ -59,44 +59,27 @@ class _Watch(TorchFunctionMode):
         return found
 
 
-def discover(
-    model: nn.Module,
-    inputs: Inputs,
-    blocks: Sequence[Block],
-    layers: dict[str, Layer],
-    parts: dict[str, list[Part]],
-    sharing: Sharing,
-) -> Sites:
-    """Return the modules whose calls give the gradients of ``blocks``.
+def discover(model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Sharing) -> Sites:
+    """Return the modules whose calls give the gradients of the chosen parameters.
 
     Args:
         model: the network.
         inputs: of at least one sample.
-        blocks: all of them.
-        layers: formulas, by module name.
-        parts: by module name, what its formula gives.
+        chosen: its parameters.
         sharing: how the results of layers that do not see the samples are repeated for each of them.
 
     Raises:
         ModelError: if a parameter's gradient cannot be had.
     """
-    return _Discovery(model, inputs, blocks, layers, parts, sharing).sites()
+    return _Discovery(model, inputs, chosen, sharing).sites()
 
 
 class _Discovery:
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        blocks: Sequence[Block],
-        layers: dict[str, Layer],
-        parts: dict[str, list[Part]],
-        sharing: Sharing,
-    ) -> None:
-        self._sharing = sharing
-        self._model, self._inputs, self._layers, self._parts = model, inputs, layers, parts
+    def __init__(self, model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Sharing) -> None:
+        self._model, self._inputs, self._sharing = model, inputs, sharing
+        self._layers, self._parts = chosen.layers, chosen.parts
         self._blocks: dict[str, list[Block]] = defaultdict(list)  # by parameter
-        for block in blocks:
+        for block in chosen.blocks:
             for piece in block.pieces:
                 self._blocks[piece.parameter].append(block)
         self._modules = dict(model.named_modules())

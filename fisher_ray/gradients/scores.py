@@ -111,7 +111,7 @@ class ScoreEngine:
         for sharing in sharings:
             try:
                 if way is None or way.sharing != sharing:
-                    way = _Way(sharing, self._discover(inputs, sharing))
+                    way = _Way(sharing, discover(self.model, inputs, self._chosen, sharing))
                 way.add(min(batch, 2), verify(self.model, sample, self.blocks, partial(self._compute, way.sites)))
             except ModelError:
                 if sharing == SHARINGS[-1] or (way is not None and way.sharing == sharing and not way.sites.any_shared):
@@ -120,9 +120,6 @@ class ScoreEngine:
             self._ways[key] = way
             return way
         raise AssertionError("the last way returns or raises")
-
-    def _discover(self, inputs: Inputs, sharing: Sharing) -> Sites:
-        return discover(self.model, inputs, self.blocks, self._chosen.layers, self._chosen.parts, sharing)
 
     def _compute(self, sites: Sites, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
         batch = len(tensors(inputs)[0])
