@@ -49,6 +49,8 @@ def formed_factors(call: Call, deltas: list[Tensor | None]) -> list[FormedFactor
     try:
         with _vectorising(), _restoring(site.module):
             gradients = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(samples, pulled)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise ModelError(

@@ -107,7 +107,7 @@ def pull_back(
             output, wanted, cotangents, is_grads_batched=batched, allow_unused=True, retain_graph=batched
         )
     except RuntimeError as error:
-        if batched and "use_reentrant" not in str(error):
+        if batched and any(word in str(error) for word in ("Batching rule", "vmap")):  # torch has no class for it
             return _one_by_one(output, wanted, cotangents)
         if "use_reentrant" not in str(error):
             raise

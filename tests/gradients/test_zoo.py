@@ -9,7 +9,7 @@ from fisher_ray import class_scores, per_sample_gradients
 from fisher_ray.errors import ModelError, RequestError
 from fisher_ray.gradients import ScoreEngine, form_gradients
 from fisher_ray.gradients.layers import LinearLayer
-from fisher_ray.gradients.outputs import call, main_output, rows
+from fisher_ray.gradients.outputs import call, main_output, pull_back, rows
 from tests.gradients.zoo import ZOO, Composed, build, positions
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
@@ -155,6 +155,29 @@ def test_a_function_whose_backward_cannot_be_vectorised_is_taken_class_by_class(
     for label in range(4):
         expected = oracle(model, inputs, 1, log_softmax_of(label))
         torch.testing.assert_close({key: value[1, label] for key, value in actual.items()}, expected, **TOLERANCE)
+
+
+class Failing(torch.autograd.Function):
+    """Has a backward that fails for another reason than that it cannot be vectorised."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Failing.calls += 1
+        raise RuntimeError("the disk is full")
+
+
+def test_a_backward_that_fails_is_not_tried_class_by_class(monkeypatch):
+    monkeypatch.setattr(Failing, "calls", 0)
+    leaf = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        pull_back(Failing.apply(leaf), [leaf], torch.ones(4, 3), batched=True)
+    assert Failing.calls == 1
 
 
 @pytest.mark.parametrize(
