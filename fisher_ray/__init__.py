@@ -9,7 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fisher_ray.classifier import FisherClassifier, features, fit_metric, train_linear, write_features
+    from fisher_ray.classifier import (
+        FisherClassifier,
+        features,
+        fit_metric,
+        parameter_directions,
+        project,
+        train_linear,
+        write_features,
+    )
     from fisher_ray.config import Config
     from fisher_ray.errors import (
         ConfigError,
@@ -49,14 +57,24 @@ __all__ = [
     "features",
     "fit_metric",
     "open_features",
+    "parameter_directions",
     "per_sample_gradients",
+    "project",
     "run",
     "train_linear",
     "write_features",
 ]
 
 _ROOMS = {
-    "classifier": ("FisherClassifier", "features", "fit_metric", "train_linear", "write_features"),
+    "classifier": (
+        "FisherClassifier",
+        "features",
+        "fit_metric",
+        "parameter_directions",
+        "project",
+        "train_linear",
+        "write_features",
+    ),
     "config": ("Config",),
     "gradients": ("class_scores", "per_sample_gradients"),
     "metric": ("LowRankMetric",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -21,8 +21,25 @@ def _word(value: Any) -> Any:
     return "true" if value is True else value  # which is what YAML makes of the bare word
 
 
+Kind = Literal["kronecker", "random", "sketch", "topk", "identity"]
+Labels = Annotated[Literal["all", "true", "sampled", "uniform"], BeforeValidator(_word)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def checked(cls, values: Any) -> Self:
+        """Check ``values``.
+
+        Raises:
+            ConfigError: naming every wrong key, its value, and the nearest right key.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            messages = (_explain(cls, item) for item in error.errors())
+            raise ConfigError("; ".join(dict.fromkeys(messages))) from None
 
 
 class SourceConfig(_Section):
@@ -99,26 +116,94 @@ class TrainedOnConfig(_Section):
 class ScoresConfig(_Section):
     """Which labels' scores, of which parameters (glob)."""
 
-    labels: Annotated[Literal["all", "true", "sampled", "uniform"], BeforeValidator(_word)] = "all"
+    labels: Labels = "all"
     parameters: str = "*"
 
 
-class CompressionConfig(_Section):
-    """From P parameters to D coordinates."""
+class LayerCompressionConfig(_Section):
+    """Another compression for some layers."""
 
-    kind: Literal["kronecker", "identity"] = "kronecker"
+    kind: Kind | None = None
+    """As the run's if left out."""
+    dim: PositiveInt | None = None
+    """Coordinates of each such layer; if left out, its part of what the run's ``dim`` leaves."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerCompressionConfig:
+        if self.kind is None and self.dim is None:
+            raise ValueError("give a kind or a dim")
+        if self.kind == "identity" and self.dim is not None:
+            raise ValueError("identity keeps every entry: it takes no dim")
+        return self
+
+
+class CompressionConfig(_Section):
+    """From P parameters to D coordinates, layer by layer.
+
+    ``kronecker``: eigenvectors of the layer's second moments of inputs and backpropagated factors, the products with
+    the largest eigenvalue products over all such layers; ``random``: two-sided Gaussian projection of the factors;
+    ``sketch``: sparse Johnson-Lindenstrauss; ``topk``: the largest entries of each gradient, then such a sketch;
+    ``identity``: every entry.
+    """
+
+    kind: Kind = "kronecker"
     dim: PositiveInt = 1024
+    """D, spread over the layers by eigenvalue (``kronecker``) or by size; ``identity`` needs none."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Of each layer's entries, those that ``topk`` keeps."""
+    layers: dict[str, LayerCompressionConfig] = {}
+    """By glob over the layers' names; the first that matches holds."""
+
+    @property
+    def kinds(self) -> set[Kind]:
+        """Every kind that is asked for."""
+        return {self.kind, *(layer.kind for layer in self.layers.values() if layer.kind is not None)}
+
+
+class AbsoluteDamping(_Section):
+    """Damping in the eigenvalues' own unit."""
+
+    absolute: Annotated[float, Field(ge=0)]
 
 
 class MetricConfig(_Section):
     """The low-rank Fisher metric in the D coordinates."""
 
-    estimator: Literal["exact"] = "exact"
-    structure: Literal["global"] = "global"
+    estimator: Literal["exact", "nystrom", "frequent_directions", "diagonal"] = "exact"
+    """``exact``: the whole sum, D x D; ``nystrom``: a sketch ``F Ω`` of it, D x ``size``; ``frequent_directions``:
+    ``size`` rows, D wide; ``diagonal``: D numbers."""
+    structure: Literal["global", "block", "adjacent"] = "global"
+    """Which layers' products count: of all, of each by itself, or of each with its neighbours."""
     rank: PositiveInt = 1024
-    damping: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    """Relative to the mean eigenvalue; ``auto`` minimises the held-out log-det divergence."""
+    size: PositiveInt | None = None
+    """Of the sketch of ``nystrom`` or ``frequent_directions``; twice the rank if left out."""
+    damping: Literal["auto"] | Annotated[float, Field(ge=0)] | AbsoluteDamping = "auto"
+    """Relative to the mean eigenvalue; ``{absolute: x}`` in its own unit; ``auto`` minimises the held-out log-det
+    divergence. With ``structure: block`` each layer has its own."""
+    labels: Labels | None = None
+    """Whose scores the metric is of: ``all``, the exact Fisher; ``sampled``, a Monte Carlo estimate; ``true``, the
+    empirical Fisher. As ``scores.labels`` if left out."""
+    draws: PositiveInt = 1
+    """Labels drawn for each sample, where they are drawn."""
+    centered: bool = False
+    """Whether the mean score's outer product is subtracted; over all classes that mean is zero."""
     fraction: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> MetricConfig:
+        allowed = {"exact": ("global", "block", "adjacent"), "diagonal": ("global",)}
+        structures = allowed.get(self.estimator, ("global", "block"))
+        if self.structure not in structures:
+            raise ValueError(
+                f"estimator {self.estimator!r} has structure {' or '.join(structures)}, not {self.structure!r}"
+            )
+        if self.size is not None and self.estimator not in ("nystrom", "frequent_directions"):
+            raise ValueError(f"size is of a sketch, which estimator {self.estimator!r} has not")
+        if self.size is not None and self.size < self.rank:
+            raise ValueError(f"size {self.size} of the sketch is less than rank {self.rank}")
+        if self.centered and self.estimator == "frequent_directions":
+            raise ValueError("frequent_directions cannot subtract the mean: take another estimator, or centered: false")
+        return self
 
 
 class StoreConfig(_Section):
@@ -186,11 +271,20 @@ class Config(_Section):
         if self.runtime.unit_rows % self.store.chunk_rows:
             rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
             raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
-        if self.compression.kind != "identity" and self.metric.rank > self.compression.dim:
+        if self.metric.centered and self.metric_labels == "all":
+            raise ValueError("metric.centered: over all classes the mean score is zero. Leave it out, or draw labels.")
+        if self.metric.draws > 1 and self.metric_labels not in ("sampled", "uniform"):
+            raise ValueError(f"metric.draws {self.metric.draws}: labels {self.metric_labels!r} are not drawn")
+        if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
             raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")
         if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
             raise ValueError(f"base.snapshots {list(self.base.snapshots)} go beyond base.steps {self.base.steps}")
         return self
+
+    @property
+    def metric_labels(self) -> str:
+        """Whose scores the metric is of."""
+        return self.metric.labels or self.scores.labels
 
     def identity(self) -> dict[str, Any]:
         """Return the keys and values that results depend on.
@@ -219,11 +313,7 @@ class Config(_Section):
         Raises:
             ConfigError: naming every wrong key by its full path, its value, and the nearest right key.
         """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            messages = (_explain(item) for item in error.errors())
-            raise ConfigError("; ".join(dict.fromkeys(messages))) from None
+        return cls.checked(values)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
@@ -269,9 +359,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _fields(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
-    for part in path:
+def _fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
+    for before, part in zip(("", *path), path, strict=False):
+        if before in _BY_NAME:  # the part is a name of the user's own
+            continue
         annotation = model.model_fields[part].annotation if str(part) in model.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
@@ -280,15 +371,17 @@ def _fields(path: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-_UNION_MEMBERS = ("literal[", "constrained-")
+_BY_NAME = ("layers",)
+"""Keys that hold sections by names of the user's own."""
+_UNION_MEMBERS = ("literal[", "constrained-", "AbsoluteDamping")
 """How pydantic marks, inside a location, which alternative of a field it tried."""
 
 
-def _explain(item: Any) -> str:
+def _explain(model: type[_Section], item: Any) -> str:
     path = tuple(part for part in item["loc"] if not str(part).startswith(_UNION_MEMBERS))
     key = ".".join(str(part) for part in path) or "configuration"
     if item["type"] == "extra_forbidden":
-        known = _fields(path[:-1])
+        known = _fields(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"

@@ -20,7 +20,7 @@ from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Receipt, SilentProgress, Unit
 from fisher_ray.runtime import Pool, Session
-from fisher_ray.stages import Facts, inspect_request, planning, shallow, tasks, training
+from fisher_ray.stages import Facts, compression, inspect_request, planning, shallow, tasks, training
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
 from fisher_ray.storage import Storage
@@ -149,17 +149,17 @@ class _Run:
     def metric(self) -> None:
         """Choose the compression, then decompose the Fisher matrix in its coordinates."""
         units = planning.metric_units(self._config, self._facts)
-        kronecker = self._config.compression.kind == "kronecker"
+        plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
 
         def choose_basis() -> dict[str, Any]:
-            sums = [self._reduce("basis", tasks.sum_kronecker, units)] if kronecker else []
+            sums = [self._reduce("basis", tasks.sum_kronecker, units)] if plans.with_moments else []
             return self._solo("basis", tasks.choose_basis, *sums)
 
         def fit_metric() -> dict[str, Any]:
-            sums = self._reduce("metric", tasks.sum_fisher, units)
+            sums = self._reduce("metric", tasks.sum_fisher, units, merge=tasks.merge_fisher)
             return self._solo("metric", tasks.fit_metric, sums, fingerprints=self._fingerprints())
 
-        self._stage("basis", len(units) if kronecker else None, choose_basis)
+        self._stage("basis", len(units) if plans.with_moments else None, choose_basis)
         self._stage("metric", len(units), fit_metric)
 
     def features(self) -> None:

@@ -45,12 +45,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerBasis:
-    """Kronecker basis of one layer, and which products of it are kept.
+    """Two bases for one layer's gradient, and which products of their columns are kept.
 
     Attributes:
         name: the module's name in the network.
-        inputs: ``(A, I)``, columns span the layer's input factors (a trailing 1 for the bias included).
-        outputs: ``(O, J)``, columns span the backpropagated factors.
+        inputs: ``(A, I)``, columns for the layer's input factors (a trailing 1 for the bias included).
+        outputs: ``(O, J)``, columns for the backpropagated factors.
         pairs: int64 ``(K, 2)``: kept coordinates as (output column, input column).
     """
 
@@ -58,6 +58,39 @@ class LayerBasis:
     inputs: Tensor
     outputs: Tensor
     pairs: Tensor
+
+    @property
+    def dim(self) -> int:
+        """``K``."""
+        return len(self.pairs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, A)``."""
+        return len(self.outputs), len(self.inputs)
+
+
+@dataclass(frozen=True)
+class LayerSketch:
+    """How the entries of one layer's gradient are added, with signs, to fewer numbers.
+
+    Attributes:
+        name: the module's name in the network.
+        shape: ``(O, A)``.
+        dim: ``K``.
+        seed: of signs and places; None keeps every entry in its place, and ``K`` is ``O · A``.
+        share: of a gradient's entries those of largest magnitude that are taken, the others being zero; 1 takes all.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dim: int
+    seed: int | None
+    share: float = 1.0
+
+
+Compression = LayerBasis | LayerSketch
+"""What makes compressed coordinates of one layer's gradient."""
 
 
 @dataclass(frozen=True)

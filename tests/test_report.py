@@ -23,8 +23,18 @@ RESULTS = {
     "samples_per_second": {"metric": 168.9, "features": 482.8},
 }
 DETAILS = {
-    "eigvals": [2.5 * i**-1.3 for i in range(1, 1025)],
-    "damping": 0.0021,
+    "metric": {
+        "dim": 2048,
+        "trace": 9.5,
+        "captured": 0.9312,
+        "effective_dim": 511.25,
+        "condition": 830.0,
+        "parts": [{"name": "all", "eigvals": [2.5 * i**-1.3 for i in range(1, 1025)], "damping": 0.0021}],
+        "layers": [
+            {"name": "conv1", "num_coordinates": 2000, "trace": 7.6, "kept": 0.81, "eigvals": [2.0, 1.0, 0.0]},
+            {"name": "head", "num_coordinates": 48, "trace": 1.9, "kept": 0.99, "eigvals": [0.5, 0.25]},
+        ],
+    },
     "path": [
         {"penalty": 0.03, "accuracy": 0.671},
         {"penalty": 0.1, "accuracy": 0.688},
@@ -122,10 +132,11 @@ def test_the_page_is_well_formed_with_unique_ids_and_asks_for_nothing_from_elsew
 
 def test_every_figure_says_in_words_what_it_shows(tmp_path):
     labels = Outline(page(tmp_path)).labels
-    assert len(labels) == 4
+    assert len(labels) == 5
     assert any("linear model on Fisher features 69.3 %, interval 69.0 – 69.6 %" in label for label in labels)
     assert any("69.4 % at 0.3" in label for label in labels)
     assert any("1024 eigenvalues from 2.5 to 0.0003" in label and "damping 0.0021" in label for label in labels)
+    assert any("conv1 from 2; head from 0.5" in label for label in labels)
     assert any("features 72.5 s" in label for label in labels)
 
 
@@ -162,6 +173,23 @@ def test_every_text_is_escaped(tmp_path):
     assert HOSTILE in next(label for label in outline.labels if "stage" in label)
 
 
+def test_the_metric_is_told_in_numbers_and_each_layers_part_in_it(tmp_path):
+    text = page(tmp_path)
+    for row in ("coordinates</th><td>2,048", "capture</th><td>93.1%", r"<td>511\.2", "damped</th><td>830"):
+        assert re.search(row, text), row
+    assert re.search(r"conv1</th><td>64 × 64 × 5 × 5</td><td>2,048</td><td>80.0 %</td><td>81.0 %", text)
+
+
+def test_parts_with_dampings_of_their_own_and_many_layers_are_drawn(tmp_path):
+    metric = copy.deepcopy(DETAILS["metric"])
+    metric["parts"] = [{"name": f"l{i}", "eigvals": [1.0 / i, 0.1], "damping": 0.01 * i} for i in range(1, 12)]
+    metric["layers"] = [{**metric["layers"][0], "name": f"l{i}", "eigvals": [1.0 / i]} for i in range(1, 12)]
+    outline = Outline(page(tmp_path, details={**DETAILS, "metric": metric}))
+    assert any("22 eigenvalues from 1 to 0.091, dampings 0.01 to 0.11" in label for label in outline.labels)
+    assert any("l1 from 1; " in label and "l8 from 0.12" in label and "l9" not in label for label in outline.labels)
+    assert "The 8 layers that have most of it" in outline.text
+
+
 def test_what_was_not_run_is_shown_as_such_and_gradnet_only_when_it_was(tmp_path):
     results = copy.deepcopy(RESULTS)
     results["accuracy"].update(linear_probe=None, trained_on=None, gradnet=0.59)
@@ -181,8 +209,8 @@ def test_a_page_is_written_even_with_hardly_anything_to_tell(tmp_path):
         "seconds": {"base": 0.0, "trained_on": None},
         "samples_per_second": {"metric": None},
     }
-    empty = {"eigvals": [0.0], "path": [], "skipped": [], "layers": [], "verdict": None}
-    for details in ({}, empty, {"path": [{"penalty": 1.0, "accuracy": 1.0}], "eigvals": [1.0], "damping": 0.0}):
+    empty = {"metric": {}, "path": [], "skipped": [], "layers": [], "verdict": None}
+    for details in ({}, empty, {"path": [{"penalty": 1.0, "accuracy": 1.0}]}):
         assert "+100.0" in Outline(page(tmp_path, results, details)).text
 
 

@@ -11,7 +11,7 @@ def stages(**replaced):
         "basis": {"seconds": 1.0, "result": {"layers": [{"name": "fc", "shape": [3, 5], "coordinates": 7}]}},
         "metric": {
             "seconds": 3.0,
-            "result": {"rank": 8, "num_samples": 400, "eigvals": [2.0, 1.0], "damping": 0.1},
+            "result": {"rank": 8, "num_samples": 400, "trace": 3.0, "fingerprint": "ab"},
         },
         "features/train": {"seconds": 4.0, "result": {"num_rows": 1000}},
         "features/test": {"seconds": 1.0, "result": {"num_rows": 500}},
@@ -49,6 +49,7 @@ def test_results_are_what_the_stages_counted_and_took():
     assert (results["num_test"], results["num_features"], results["views"]) == (1000, 24, 1)
     assert details["skipped"] == [{"split": "test", "row": 7, "reason": "torn"}]
     assert details["environment"]["python"] == "3"
+    assert details["metric"] == {"trace": 3.0}
 
 
 def test_the_verdict_names_the_best_probe_and_says_what_is_worse():

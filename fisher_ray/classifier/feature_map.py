@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fisher_ray.errors import ModelError, RequestError
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, likelihood_of
+from fisher_ray.classifier.batches import MICRO_BATCH, as_batch
+from fisher_ray.errors import RequestError
+from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of
 from fisher_ray.metric import LowRankMetric
-from fisher_ray.records import Batch
 from fisher_ray.stages.passes import batch_features
 
-MICRO_BATCH = 64
 CUSTOM = "custom"
 """What stands in a metric's attributes for a likelihood of the user's own."""
 
@@ -40,13 +39,10 @@ class FeatureMap:
                 "features are of the scores of all targets, which a likelihood of your own does not give"
             )
         self._engine = ScoreEngine(model, metric.attributes.get("parameters", "*"), likelihood_of(likelihood))
-        shapes = self._engine.block_shapes
-        for name, basis in metric.bases.items():
-            if shapes.get(name) != (len(basis.outputs), len(basis.inputs)):
-                raise ModelError(
-                    f"the metric has a layer {name!r} with factors of {len(basis.outputs)} × {len(basis.inputs)}, the "
-                    f"network has {shapes.get(name, 'none of that name')}: it was fitted on another network"
-                )
+        self._compressor(next(model.parameters()))  # refuses another network
+
+    def _compressor(self, like: Tensor) -> Compressor:
+        return Compressor(self._metric.bases, self._engine.blocks, like)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.
@@ -65,7 +61,7 @@ class FeatureMap:
 
     def _features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         like = next(self._engine.model.parameters())
-        compressor = KroneckerCompressor(self._metric.bases, like)
+        compressor = self._compressor(like)
         blocks = [
             batch_features(
                 self._engine,
@@ -82,16 +78,3 @@ class FeatureMap:
         hidden = [block.hidden for block in kept if block.hidden is not None]
         logits = torch.cat([block.logits for block in kept])
         return torch.cat([block.values for block in kept]), logits, torch.cat(hidden) if hidden else None
-
-
-def as_batch(inputs: Tensor, labels: Tensor | None, like: Tensor, start: int = 0) -> Batch:
-    """Return a batch of rows numbered from ``start``, on the device of ``like`` and, unless integers, in its dtype."""
-    index = torch.arange(start, start + len(inputs))
-    labels = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
-    labels = labels if labels.is_floating_point() else labels.long()
-    return Batch(to_like(inputs, like), to_like(labels, like), index)
-
-
-def to_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return ``value`` on the device of ``like``, and in its dtype if it is of floating-point numbers."""
-    return value.to(like) if value.is_floating_point() else value.to(like.device)

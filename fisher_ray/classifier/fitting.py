@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -12,18 +12,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fisher_ray.classifier.feature_map import CUSTOM, MICRO_BATCH, FeatureMap, as_batch, to_like
-from fisher_ray.config import LinearConfig
-from fisher_ray.data import Source, load_batches, plan_units
+from fisher_ray.classifier.batches import Data, batches, check_data, check_integers
+from fisher_ray.classifier.feature_map import CUSTOM, FeatureMap
+from fisher_ray.config import CompressionConfig, Kind, LinearConfig, MetricConfig
+from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, likelihood_of
+from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of
 from fisher_ray.linear import GramSum, LinearWeights, best_penalty, fit_temperature, ridge_path
 from fisher_ray.linear.ridge import check_penalties
-from fisher_ray.metric import LowRankMetric, basis_arrays, choose_bases, decompose, identity_bases
-from fisher_ray.records import Batch
+from fisher_ray.metric import FisherSum, LowRankMetric, plan_compression
+from fisher_ray.stages.compression import choose_compression, plan
 from fisher_ray.stages.passes import feature_arrays, fisher_pass, kronecker_pass
 from fisher_ray.stages.shallow import score_rows, store_rows
-from fisher_ray.stages.workbench import MAX_IDENTITY
 from fisher_ray.store import (
     FeatureStore,
     StoreSpec,
@@ -34,14 +34,10 @@ from fisher_ray.store import (
     write_unit,
 )
 
-Data = Tensor | Source | Iterable[Any]
 Labels = Literal["all", "true", "sampled", "uniform"]
-_CHOICES = {
-    "labels": Labels,
-    "compression": Literal["kronecker", "identity"],
-    "estimator": Literal["exact"],
-    "structure": Literal["global"],
-}
+Estimators = Literal["exact", "nystrom", "frequent_directions", "diagonal"]
+Structures = Literal["global", "block", "adjacent"]
+_CHOICES = {"labels": Labels, "compression": Kind, "estimator": Estimators, "structure": Structures}
 
 
 def fit_metric(
@@ -51,15 +47,20 @@ def fit_metric(
     labels: Labels = "all",
     likelihood: str | Callable[[Tensor, Tensor], Tensor] = "softmax",
     parameters: str = "*",
-    compression: Literal["kronecker", "identity"] = "kronecker",
+    compression: Kind = "kronecker",
     dim: int = 1024,
-    estimator: Literal["exact"] = "exact",
-    structure: Literal["global"] = "global",
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
+    share: float = 0.15,
+    estimator: Estimators = "exact",
+    structure: Structures = "global",
     rank: int | None = None,
-    damping: float | Literal["auto"] = "auto",
+    size: int | None = None,
+    damping: float | Literal["auto"] | Mapping[str, float] = "auto",
+    draws: int = 1,
+    centered: bool = False,
     seed: int = 0,
 ) -> LowRankMetric:
-    """Fit a low-rank Fisher metric of ``model`` on ``data``, in this process; ``data`` is read twice.
+    """Fit a low-rank Fisher metric of ``model`` on ``data``, in this process; ``data`` is read once or twice.
 
     Args:
         model: network in eval mode, logits ``(B, C)``.
@@ -70,13 +71,19 @@ def fit_metric(
             (several yes-or-no labels), ``next_token`` (output ``(B, T, V)``, the labels are the sequences), or a
             function from output and labels to log-likelihoods ``(B,)``.
         parameters: glob over the parameters' names.
-        compression: see :class:`fisher_ray.config.CompressionConfig`.
-        dim: ``D``, for ``kronecker``.
-        estimator: of the Fisher in the ``D`` coordinates.
-        structure: of the metric.
+        compression: kind of it; see :class:`fisher_ray.config.CompressionConfig`.
+        dim: ``D``; ``identity`` needs none.
+        layers: another ``kind`` or ``dim`` for some layers, by glob over their names.
+        share: of each layer's entries, those that ``topk`` keeps.
+        estimator: of the Fisher in the ``D`` coordinates; see :class:`fisher_ray.config.MetricConfig`.
+        structure: of the metric, likewise.
         rank: ``R``; by default ``D``.
-        damping: relative to the mean eigenvalue, or ``auto``: see :func:`fisher_ray.metric.held_out_damping`.
-        seed: of drawn labels.
+        size: of the sketch of ``nystrom`` or ``frequent_directions``; by default twice the rank.
+        damping: relative to the mean eigenvalue; ``{"absolute": x}`` in its own unit; or ``auto``: see
+            :func:`fisher_ray.metric.held_out_damping`.
+        draws: labels drawn for each sample, where they are drawn.
+        centered: whether the mean score's outer product is subtracted.
+        seed: of drawn labels, random compressions and sketches.
 
     Returns:
         The metric; fewer than ``R`` directions where the Fisher has fewer.
@@ -88,26 +95,24 @@ def fit_metric(
     """
     _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
     _check_numbers(dim, rank, damping)
-    _check_data(data)
+    check_data(data)
     engine, like = ScoreEngine(model, parameters, likelihood_of(likelihood)), next(model.parameters())
     shapes = engine.block_shapes
-    num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in shapes.values())
-    if compression == "identity" and num_parameters > MAX_IDENTITY:
-        raise RequestError(
-            f"compression identity keeps all {num_parameters} parameters, and its Fisher matrix is dense: at most "
-            f"{MAX_IDENTITY}. Give compression='kronecker', or choose fewer with parameters."
-        )
-    if compression == "kronecker":
-        sums = kronecker_pass(engine, _batches(data, labels, like, likelihood), labels, seed, _refuse_row)
-        bases = choose_bases(sums, shapes, dim)
-    else:
-        bases = identity_bases(shapes)
-    compressor = KroneckerCompressor(bases, like)
-    fisher = fisher_pass(engine, compressor, _batches(data, labels, like, likelihood), labels, seed, _refuse_row)
-    eigvals, eigvecs, chosen = decompose(fisher, rank or compressor.dim, damping)
-    attributes = {"labels": labels, "parameters": engine.selection}
+    compressing = CompressionConfig.checked({"kind": compression, "dim": dim, "layers": layers or {}, "share": share})
+    rank = rank or plan_compression(compressing, shapes).dim
+    options = {"rank": rank, "size": size, "damping": damping, "draws": draws, "centered": centered}
+    settings = MetricConfig.checked({"estimator": estimator, "structure": structure, "labels": labels, **options})
+    moments, plans = None, plan(compressing, settings, shapes)
+    if plans.with_moments:
+        read = batches(data, labels, like, likelihood)
+        moments = kronecker_pass(engine, plans.with_moments, read, labels, seed, _refuse_row, draws)
+    bases = choose_compression(compressing, engine.blocks, moments, seed)
+    sums = FisherSum(settings, {name: basis.dim for name, basis in bases.items()}, seed)
+    compressor, read = Compressor(bases, engine.blocks, like), batches(data, labels, like, likelihood)
+    arrays = fisher_pass(engine, compressor, sums, read, labels, seed, _refuse_row, draws)
+    attributes = {"labels": labels, "parameters": engine.selection, "estimator": estimator, "structure": structure}
     attributes["likelihood"] = likelihood if isinstance(likelihood, str) else CUSTOM
-    return LowRankMetric(bases, eigvals, eigvecs, chosen, attributes)
+    return LowRankMetric(bases, *sums.decompose(arrays), attributes)
 
 
 def features(model: nn.Module, metric: LowRankMetric, inputs: Tensor) -> Tensor:
@@ -159,7 +164,7 @@ def write_features(
     labels = torch.full((len(inputs),), -1) if labels is None else labels
     if not len(inputs) or labels.shape != (len(inputs),):
         raise RequestError(f"inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)} are not (N, …) and (N,)")
-    _check_integers(labels)
+    check_integers(labels)
     mapping = FeatureMap(model, metric, views)
     sample, logits, hidden = mapping(inputs[:1])
     num_classes, width = logits.shape[1], None if hidden is None else hidden.shape[1]
@@ -237,44 +242,8 @@ def train_linear(
     return replace(model, temperature=fit_temperature(scores[best], labels))
 
 
-def _batches(data: Data, labels: Labels, like: Tensor, likelihood: object) -> Iterator[Batch]:
-    """Yield the micro-batches of ``data``, rows numbered from 0."""
-    if isinstance(data, Source):
-        for batch in load_batches(data, range(len(data)), MICRO_BATCH, num_classes=None):
-            yield Batch(to_like(batch.inputs, like), batch.labels.to(like.device), batch.index)
-        return
-    start = 0
-    for item in [data] if isinstance(data, Tensor) else data:
-        inputs, targets = _inputs_and_labels(item)
-        if targets is not None and likelihood == "softmax":
-            _check_integers(targets)
-        if targets is None and likelihood == "next_token":
-            targets = inputs
-        if targets is None and labels == "true":
-            raise RequestError("labels 'true' needs batches of (inputs, labels); these are inputs alone")
-        for place in range(0, len(inputs), MICRO_BATCH):
-            part = slice(place, place + MICRO_BATCH)
-            yield as_batch(inputs[part], None if targets is None else targets[part], like, start)
-            start += len(inputs[part])
-
-
-def _inputs_and_labels(item: Any) -> tuple[Tensor, Tensor | None]:
-    parts = [item] if isinstance(item, Tensor) else list(item) if isinstance(item, tuple | list) else []
-    if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
-        given = f"{type(item).__name__} of {', '.join(type(part).__name__ for part in parts)}" if parts else type(item)
-        raise RequestError(
-            f"a batch of data is {given}. Give a tensor of inputs, or a pair of tensors (inputs, labels)."
-        )
-    return parts[0], parts[1] if len(parts) == 2 else None
-
-
 def _refuse_row(row: int) -> None:
     raise DataError(f"data row {row}: the network makes NaN or infinity of it. Correct it, or leave it out.", row=row)
-
-
-def _check_integers(labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise RequestError(f"labels are {labels.dtype}. Give integers.")
 
 
 def _check_choices(**choices: str) -> None:
@@ -283,25 +252,21 @@ def _check_choices(**choices: str) -> None:
             raise RequestError(f"{name} {value!r} is not one of {', '.join(known)}")
 
 
-def _check_numbers(dim: int, rank: int | None, damping: float | str) -> None:
+def _check_numbers(dim: int, rank: int | None, damping: object) -> None:
     if dim <= 0 or (rank is not None and rank <= 0):
         raise RequestError(f"dim {dim} and rank {rank} are not both positive")
-    if damping != "auto" and (isinstance(damping, str) or not 0 <= damping < math.inf):
+    if (
+        damping != "auto"
+        and not isinstance(damping, Mapping)
+        and not (isinstance(damping, int | float) and 0 <= damping < math.inf)
+    ):
         raise RequestError(f"damping {damping!r} is not auto or a number >= 0")
 
 
-def _check_data(data: Any) -> None:
-    if isinstance(data, Iterator):
-        raise RequestError("data can be read only once, and is needed twice. Give a tensor, a list or a data loader.")
-    if not isinstance(data, Source | Iterable):
-        raise RequestError(f"data is {type(data).__name__}. Give a tensor, an iterable of batches or a source.")
-
-
 def _fingerprints(model: nn.Module, metric: LowRankMetric, inputs: Tensor, labels: Tensor) -> dict[str, str]:
-    bases = {name: torch.from_numpy(value) for name, value in basis_arrays(metric.bases).items()}
     return {
         "model": _digest(model.state_dict()),
-        "metric": _digest({**bases, "whitening": metric.whitening}),
+        "metric": metric.fingerprint,
         "data": _digest({"inputs": inputs, "labels": labels}),
     }
 

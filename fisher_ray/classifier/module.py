@@ -15,13 +15,13 @@ from fisher_ray.config import Config
 from fisher_ray.errors import ModelError, StoreError
 from fisher_ray.journal import read_run
 from fisher_ray.linear import LinearWeights
-from fisher_ray.metric import LowRankMetric, bases_from, basis_arrays
+from fisher_ray.metric import LowRankMetric
 from fisher_ray.stages.networks import load_state, writable
 from fisher_ray.stages.shallow import load_weights
 from fisher_ray.stages.workbench import base_network
 from fisher_ray.storage import Storage
 
-SCHEMA = 1
+SCHEMA = 2
 _METADATA = "fisher_ray"
 
 
@@ -101,13 +101,12 @@ class FisherClassifier(nn.Module):
         """Return all parts as one safetensors file."""
         metric, weights = self._metric, self._weights
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {"metric.eigvals": metric.eigvals, "metric.eigvecs": metric.eigvecs}
-        tensors |= {f"metric.{name}": torch.from_numpy(value) for name, value in basis_arrays(metric.bases).items()}
+        arrays, values = metric.to_arrays()
+        tensors |= {f"metric.{name}": torch.from_numpy(value) for name, value in arrays.items()}
         tensors |= {"linear.weight": weights.weight, "linear.bias": weights.bias}
         rest = {
             "schema": SCHEMA,
-            "blocks": list(metric.bases),
-            "damping": metric.damping,
+            "metric": values,
             "attributes": metric.attributes,
             "penalty": weights.penalty,
             "temperature": weights.temperature,
@@ -144,9 +143,8 @@ class FisherClassifier(nn.Module):
         tensors, rest = _unpack(raw, url)
         state = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
         load_state(model.eval(), state, url)
-        bases = bases_from({k.removeprefix("metric."): v.numpy() for k, v in tensors.items()}, rest["blocks"])
-        eigvals, eigvecs = tensors["metric.eigvals"], tensors["metric.eigvecs"]
-        metric = LowRankMetric(bases, eigvals, eigvecs, rest["damping"], rest["attributes"])
+        arrays = {k.removeprefix("metric."): v.numpy() for k, v in tensors.items() if k.startswith("metric.")}
+        metric = LowRankMetric.from_arrays(arrays, rest["metric"], rest["attributes"])
         weights = LinearWeights(tensors["linear.weight"], tensors["linear.bias"], rest["penalty"], rest["temperature"])
         return cls(model, metric, weights, views=rest["views"])
 

@@ -163,7 +163,23 @@ def inspect(url: UrlArgument, debug: Debug = False) -> None:
     with error_exits(debug):
         from fisher_ray import store
 
-        _print_mapping(store.describe(url))
+        found = store.describe(url)
+        if found.get("attributes", {}).get("kind") == "metric":
+            from fisher_ray.metric import LowRankMetric
+
+            for key in ("bases", "parts", "layers"):  # told below
+                found["attributes"].pop(key, None)
+            found["metric"] = _shortened(LowRankMetric.load(url).summary())
+        _print_mapping(found)
+
+
+def _shortened(summary: dict[str, Any]) -> dict[str, Any]:
+    """Leave the first and last of many eigenvalues."""
+    for entry in [*summary["parts"], *summary["layers"]]:
+        values = entry["eigvals"]
+        entry["num_eigvals"] = len(values)
+        entry["eigvals"] = values if len(values) <= 6 else [*values[:5], "…", values[-1]]
+    return summary
 
 
 def _read(path: Path, overrides: list[str] | None, output: str | None) -> Config:

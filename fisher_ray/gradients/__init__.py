@@ -1,6 +1,7 @@
 """Per-sample gradients: capture of factors, per-layer formulas, scores, compression."""
 
-from fisher_ray.gradients.compression import KroneckerCompressor, random_bases
+from fisher_ray.gradients.blocks import Block
+from fisher_ray.gradients.compression import Compressor, random_bases, random_basis
 from fisher_ray.gradients.exact import GradientBuffer
 from fisher_ray.gradients.factors import Factors
 from fisher_ray.gradients.forming import Scores, form_gradients
@@ -8,17 +9,19 @@ from fisher_ray.gradients.labels import draw_labels, keyed_uniform
 from fisher_ray.gradients.largest import LargestEntries
 from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax, likelihood_of
 from fisher_ray.gradients.memory import peak_bytes
+from fisher_ray.gradients.norms import square_norms
 from fisher_ray.gradients.scores import ScoreEngine, class_scores, per_sample_gradients
 from fisher_ray.gradients.sketch import GradientSketch
 
 __all__ = [
     "Bernoulli",
+    "Block",
+    "Compressor",
     "Custom",
     "Factors",
     "Gaussian",
     "GradientBuffer",
     "GradientSketch",
-    "KroneckerCompressor",
     "LargestEntries",
     "Likelihood",
     "NextToken",
@@ -33,4 +36,6 @@ __all__ = [
     "peak_bytes",
     "per_sample_gradients",
     "random_bases",
+    "random_basis",
+    "square_norms",
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from fisher_ray.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,24 @@ class Block:
             if piece.transposed:
                 part = part.transpose(-1, -2)
             yield piece, part.reshape(*gradient.shape[:-2], *piece.shape)
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the matrix ``(O, A)`` of parameters, or of anything of their shapes, by name.
+
+        Raises:
+            ModelError: if one is missing or has another shape.
+        """
+        parts = []
+        for piece in self.pieces:
+            found = tensors.get(piece.parameter)
+            part = found if found is None or piece.rows is None or not found.ndim else found[piece.rows]
+            if part is None or tuple(part.shape) != piece.shape:
+                given = "none" if found is None else f"shape {tuple(found.shape)}"
+                raise ModelError(f"parameter {piece.parameter!r}: {given}, where layer {self.name!r} has {piece.shape}")
+            width = piece.columns.stop - piece.columns.start
+            part = part.reshape(width, -1).T if piece.transposed else part.reshape(-1, width)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
 
 
 def single(name: str, shape: tuple[int, ...]) -> Block:

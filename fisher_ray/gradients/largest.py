@@ -30,7 +30,7 @@ class LargestEntries:
         self.dim = 0
         for block in blocks:
             size = block.num_outputs * block.num_inputs
-            self._starts[block.name], self._kept[block.name] = self.dim, max(1, math.floor(share * size))
+            self._starts[block.name], self._kept[block.name] = self.dim, num_largest(size, share)
             self.dim += size
         self.num_kept = sum(self._kept.values())
 
@@ -53,3 +53,8 @@ class LargestEntries:
             else:
                 coordinates[:, :, part] = torch.arange(start, start + kept, device=values.device)
         return values, coordinates
+
+
+def num_largest(size: int, share: float) -> int:
+    """Return how many of ``size`` entries a share of them is: at least one."""
+    return max(1, math.floor(share * size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
@@ -92,6 +93,26 @@ class ScoreEngine:
         def start(output: Tensor) -> Tensor:
             targets = labels if isinstance(labels, Tensor) else labels(output)
             return self.likelihood.score(output, targets)[None]
+
+        return self._scores(inputs, start)
+
+    def of_draws(self, inputs: Inputs, draw: Callable[[Tensor, int], Tensor], num_draws: int) -> Scores:
+        """Scores of ``num_draws`` targets a sample by one batched backward, each divided by ``√num_draws``.
+
+        Their outer products sum to a Monte Carlo estimate of the sample's Fisher.
+
+        Args:
+            inputs: ``(B, ...)``.
+            draw: from the output and the draw's number, ``0 … num_draws − 1``, to targets.
+            num_draws: ``S``.
+
+        Raises:
+            ModelError, DataError: as :meth:`of_labels`.
+        """
+
+        def start(output: Tensor) -> Tensor:
+            found = [self.likelihood.score(output, draw(output, number)) for number in range(num_draws)]
+            return torch.stack(found) / math.sqrt(num_draws)
 
         return self._scores(inputs, start)
 

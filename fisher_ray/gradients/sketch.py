@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisher_ray.gradients.blocks import Block, Piece, block_seed
-from fisher_ray.gradients.factors import AffineFactors, TokenFactors
+from fisher_ray.gradients.factors import AffineFactors, Factors, TokenFactors
 from fisher_ray.gradients.formation import Workspace, form_chunks
 from fisher_ray.gradients.forming import Scores
 
@@ -33,44 +33,72 @@ class GradientSketch:
     def __init__(self, blocks: Sequence[Block], dim: int, seed: int, like: Tensor) -> None:
         """See the class."""
         self.dim = dim
-        self._plans = {block.name: [_Plan(block, piece, dim, seed, like) for piece in block.pieces] for block in blocks}
-        self._workspace = Workspace(like)
+        self._blocks = {block.name: BlockSketch(block, dim, seed, like) for block in blocks}
 
     def compress(self, scores: Scores) -> Tensor:
         """Return the sketches, ``(B, S, k)``."""
-        batch, num_scores = len(scores.logits), scores.num_scores
-        out = scores.logits.new_zeros(batch, num_scores, 2 * self.dim)  # a run that is rotated over the end goes on
+        out = scores.logits.new_zeros(len(scores.logits), scores.num_scores, 2 * self.dim)
         for item in scores.factors:
-            plans = self._plans[item.block.name]
-            if isinstance(item, AffineFactors):
-                self._affine(item, plans, out)
-            elif isinstance(item, TokenFactors):
-                plans[0].add_tokens(item, out)
-            else:
-                gradient = item.gradient()
-                for plan, score in itertools.product(plans, range(num_scores)):
-                    plan.add(0, gradient[:, score, :, plan.columns].flatten(1), out[:, score])
-        return out[..., : self.dim] + out[..., self.dim :]
+            self._blocks[item.block.name].add(item, out)
+        return fold(out)
 
-    def _affine(self, item: AffineFactors, plans: list[_Plan], out: Tensor) -> None:
+    def matrix(self, block: Block) -> Tensor:
+        """Return the sketch of a block as a matrix ``(O · A, k)``, for gradients flattened by rows."""
+        return self._blocks[block.name].matrix()
+
+
+class BlockSketch:
+    """The sketch of one block's gradients; arguments as of :class:`GradientSketch`."""
+
+    def __init__(self, block: Block, dim: int, seed: int, like: Tensor) -> None:
+        """See the class."""
+        self.dim, self._block = dim, block
+        self._plans = [_Plan(block, piece, dim, seed, like) for piece in block.pieces]
+        self._workspace = Workspace(like)
+
+    def add(self, item: Factors, out: Tensor) -> None:
+        """Add one call's sketches to ``(B, S, 2 k)``: a run that is rotated over the end goes on; see :func:`fold`."""
+        if isinstance(item, AffineFactors):
+            self._add_affine(item, out)
+        elif isinstance(item, TokenFactors):
+            self._plans[0].add_tokens(item, out)
+        else:
+            self.add_gradient(item.gradient(), out)
+
+    def add_gradient(self, gradient: Tensor, out: Tensor) -> None:
+        """Add the sketches of gradients ``(B, S, O, A)``."""
+        for plan, score in itertools.product(self._plans, range(gradient.shape[1])):
+            plan.add(0, gradient[:, score, :, plan.columns].flatten(1), out[:, score])
+
+    def _add_affine(self, item: AffineFactors, out: Tensor) -> None:
         if item.source.weight:
-            plan = plans[0]
+            plan = self._plans[0]
             for chunk in form_chunks(item, self._workspace, row_step=plan.step):
                 for score in range(item.num_scores):
                     gradient = chunk.gradient[:, score].flatten(1)
                     plan.add(chunk.rows.start, gradient, out[chunk.samples, score])
         if item.source.bias:
             for score, deltas in enumerate(item.deltas.sum(dim=3)):
-                plans[-1].add(0, deltas, out[:, score])
+                self._plans[-1].add(0, deltas, out[:, score])
 
-    def matrix(self, block: Block) -> Tensor:
-        """Return the sketch of a block as a matrix ``(O · A, k)``, for gradients flattened by rows."""
+    def matrix(self) -> Tensor:
+        """Return the sketch as a matrix ``(O · A, k)``, for gradients flattened by rows."""
         made = []
-        for plan in self._plans[block.name]:
+        for plan in self._plans:
             out = plan.signs.new_zeros(len(plan.signs), 2 * self.dim)
             plan.add(0, torch.eye(len(plan.signs)).to(out), out)
-            made.append((out[:, : self.dim] + out[:, self.dim :]).view(block.num_outputs, -1, self.dim))
+            made.append(fold(out).view(self._block.num_outputs, -1, self.dim))
         return torch.cat(made, dim=1).flatten(0, 1)
+
+    def transpose(self, sketches: Tensor) -> Tensor:
+        """Return the sketch's adjoint of ``(..., k)``, ``(..., O, A)``."""
+        shape = (*sketches.shape[:-1], self._block.num_outputs, -1)
+        return torch.cat([plan.transpose(sketches).view(shape) for plan in self._plans], dim=-1)
+
+
+def fold(out: Tensor) -> Tensor:
+    """Add the second half of the last axis to the first: ``(..., 2 k)`` to ``(..., k)``."""
+    return out[..., : out.shape[-1] // 2] + out[..., out.shape[-1] // 2 :]
 
 
 class _Plan:
@@ -105,6 +133,16 @@ class _Plan:
                 sign = self.signs[offset + place + begin : offset + place + end]
                 shift = next(shifts)
                 out[:, shift : shift + values.shape[1]].addcmul_(values, sign)
+
+    def transpose(self, sketches: Tensor) -> Tensor:
+        """Return for every coordinate its sign times the entry that it goes to: ``(..., k)`` to ``(..., O · A)``."""
+        wide, shifts = torch.cat([sketches, sketches], dim=-1), iter(self._shifts.tolist())
+        parts = []
+        for place in range(0, len(self.signs), self.step * self._width):
+            for begin, end in zip(self._cuts, self._ends, strict=True):
+                sign, shift = self.signs[place + begin : place + end], next(shifts)
+                parts.append(wide[..., shift : shift + len(sign)] * sign)
+        return torch.cat(parts, dim=-1)
 
     def add_tokens(self, item: TokenFactors, out: Tensor) -> None:
         """Add the rows of an embedding that were looked up to ``(B, S, 2 k)``."""

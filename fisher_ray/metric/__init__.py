@@ -1,18 +1,31 @@
 """The Fisher metric: mergeable sums, Kronecker basis, low-rank metric, whitening."""
 
-from fisher_ray.metric.fisher import FisherSum, decompose, held_out_damping
-from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases, zero_sums
-from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
+from fisher_ray.metric.bases import (
+    Plans,
+    bases_from,
+    basis_arrays,
+    basis_attributes,
+    plan_compression,
+    sketches,
+)
+from fisher_ray.metric.damping import held_out_damping
+from fisher_ray.metric.fisher import FisherSum
+from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, zero_sums
+from fisher_ray.metric.lowrank import LayerTrace, LowRankMetric, Part
 
 __all__ = [
     "FisherSum",
     "KroneckerSums",
+    "LayerTrace",
     "LowRankMetric",
+    "Part",
+    "Plans",
     "bases_from",
     "basis_arrays",
+    "basis_attributes",
     "choose_bases",
-    "decompose",
     "held_out_damping",
-    "identity_bases",
+    "plan_compression",
+    "sketches",
     "zero_sums",
 ]

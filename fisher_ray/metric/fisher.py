@@ -1,129 +1,187 @@
-"""The exact Fisher sum in compressed coordinates, its damping and its eigendecomposition."""
+"""The Fisher in compressed coordinates: sums of any estimator and structure, and the metric that they give."""
 
 from __future__ import annotations
 
-import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fisher_ray.config import MetricConfig
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.metric.symmetric import add_gram, eigh_descending, mirror, num_above_noise
+from fisher_ray.metric.adjacent import Adjacent
+from fisher_ray.metric.damping import HELD_OUT, check_damping, is_held_out, resolve
+from fisher_ray.metric.diagonal import Diagonal
+from fisher_ray.metric.estimator import Arrays, Estimator
+from fisher_ray.metric.exact import Exact
+from fisher_ray.metric.frequent_directions import FrequentDirections
+from fisher_ray.metric.lowrank import LayerTrace, Part
+from fisher_ray.metric.nystrom import Nystrom
 
-HELD_OUT = 5
-"""One sample in so many is held out to choose the damping."""
-_GOLDEN, _CIRCLE = 2654435769, 2**32
+SIDES = ("fit", "held")
+"""What is summed apart: the samples that eigenvectors are fitted on, and those held out to choose the damping."""
+WHOLE = "all"
 
 
 class FisherSum:
-    """``Σ_x Σ_c p_c s_c s_cᵀ`` in ``D`` coordinates, float64, mergeable by addition.
+    """``Σ_x Σ_c p_c s_c s_cᵀ`` in ``D`` coordinates, as ``metric.estimator`` and ``metric.structure`` have it.
 
-    One sample in :data:`HELD_OUT` is summed apart, see :func:`is_held_out`, so that the damping can be chosen on rows
-    that the eigenvectors have not seen, whatever the number of units.
-
-    Scores are multiplied in float64, whatever their dtype: float32 products would be as good for every coordinate that
-    the scores reach, but would fill those that they do not reach (always, where ``N (C − 1) < D``) with rounding that
-    no longer looks like zero to :func:`decompose`. One triangle alone is summed, which makes it no slower.
+    For ``damping: auto`` one sample in :data:`fisher_ray.metric.damping.HELD_OUT` is summed apart, see
+    :func:`fisher_ray.metric.damping.is_held_out`, so that the damping can be chosen on rows that the eigenvectors have
+    not seen, whatever the number of units.
 
     Args:
-        dim: ``D``.
+        settings: of the metric.
+        dims: coordinates of each layer, in order.
+        seed: of what an estimator draws.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, settings: MetricConfig, dims: Mapping[str, int], seed: int) -> None:
         """See the class."""
-        self._sums = torch.zeros(2, dim, dim, dtype=torch.float64)
-        self._counts = torch.zeros(2, dtype=torch.float64)
+        check_damping(settings.damping)
+        self._settings, self._dims, self._seed = settings, dict(dims), seed
+        self.dim = sum(dims.values())
+        names = list(dims) if settings.structure == "block" else [WHOLE]
+        sides = SIDES if settings.damping == "auto" else SIDES[:1]
+        self._places = _places(dims) if settings.structure == "block" else {WHOLE: slice(0, self.dim)}
+        self._sums = {name: {side: self._estimator(name) for side in sides} for name in names}
+        self._counts, self._means = np.zeros(len(sides)), np.zeros((len(sides), self.dim))
+        self._squares, self._norms = np.zeros(self.dim), np.zeros((2, len(dims)))
+
+    def _estimator(self, name: str) -> Estimator:
+        settings = self._settings
+        dim = self.dim if name == WHOLE and settings.structure != "block" else self._dims[name]
+        size = min(dim, settings.size or 2 * settings.rank)
+        if settings.estimator == "nystrom":
+            return Nystrom(dim, size, zlib.crc32(f"{self._seed} {name}".encode()))
+        if settings.estimator == "frequent_directions":
+            return FrequentDirections(dim, size)
+        if settings.estimator == "diagonal":
+            return Diagonal(dim)
+        return Adjacent(list(self._dims.values())) if settings.structure == "adjacent" else Exact(dim)
 
     def add(self, compressed: Tensor, index: Tensor) -> None:
-        """Add weighted compressed scores ``(B, S, D)`` of the samples ``index`` ``(B,)``; sums live on their device."""
-        held = is_held_out(index).to(compressed.device)
-        self._sums = self._sums.to(compressed.device)
-        for total, rows in zip(self._sums, (~held, held), strict=True):
-            if bool(rows.any()):
-                add_gram(total, compressed[rows].flatten(0, 1).to(torch.float64))
-        num_held = int(held.sum())
-        self._counts += torch.tensor([len(held) - num_held, num_held])
+        """Add weighted compressed scores ``(B, S, D)`` of the samples ``index`` ``(B,)``."""
+        held = is_held_out(index) if len(self._counts) > 1 else torch.zeros(len(index), dtype=torch.bool)
+        self._squares += _numpy(compressed.double().square().sum(dim=(0, 1)))
+        for place, (side, rows) in enumerate(zip(SIDES, (~held, held), strict=True)):
+            if not bool(rows.any()):
+                continue
+            chosen = compressed[rows.to(compressed.device)]
+            self._counts[place] += len(chosen)
+            if self._settings.centered:  # a draw's weight is 1/√S, its score's in the mean 1/S
+                self._means[place] += _numpy(chosen.double().sum(dim=(0, 1))) / np.sqrt(chosen.shape[1])
+            for name, where in self._places.items():
+                self._sums[name][side].add(chosen[:, :, where].flatten(0, 1))
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return ``fisher`` ``(2, D, D)`` and ``counts`` ``(2,)``: fitted on, held out.
+    def add_norms(self, compressed: Tensor, whole: Mapping[str, float]) -> None:
+        """Compare some samples' compressed scores ``(B, S, D)`` with the whole scores' squared norms by layer."""
+        for number, (name, place) in enumerate(_places(self._dims).items()):
+            self._norms[0, number] += float(compressed[:, :, place].double().square().sum())
+            self._norms[1, number] += whole.get(name, 0.0)
 
-        Adding the arrays of several sums element by element merges the sums.
+    def to_arrays(self) -> Arrays:
+        """Return what was summed; :meth:`merge` merges it."""
+        arrays = {"counts": self._counts, "squares": self._squares, "norms": self._norms}
+        if self._settings.centered:
+            arrays["means"] = self._means
+        for number, sides in enumerate(self._sums.values()):
+            for side, estimator in sides.items():
+                arrays |= {f"{number}:{side}:{key}": value for key, value in estimator.to_arrays().items()}
+        return arrays
+
+    def merge(self, left: Arrays, right: Arrays) -> Arrays:
+        """Return the arrays of the samples of both."""
+        plain = ("counts", "squares", "norms", "means")
+        merged = {key: value + right[key] for key, value in left.items() if key in plain}
+        for number, sides in enumerate(self._sums.values()):
+            for side, estimator in sides.items():
+                pick = partial(_pick, prefix=f"{number}:{side}:")
+                found = estimator.merge(pick(left), pick(right))
+                merged |= {f"{number}:{side}:{key}": value for key, value in found.items()}
+        return merged
+
+    def decompose(self, arrays: Arrays) -> tuple[tuple[Part, ...], tuple[LayerTrace, ...]]:
+        """Eigendecompose merged sums; of the parts' eigenvalues, the ``metric.rank`` largest are kept.
+
+        Raises:
+            DataError: if the sums have no rows, are not finite or are zero.
+            RequestError: if the rank is out of range.
         """
-        for total in self._sums:
-            mirror(total)
-        return {"fisher": self._sums.cpu().numpy(), "counts": self._counts.numpy()}
+        settings, counts = self._settings, arrays["counts"]
+        if settings.rank < 1:
+            raise RequestError(f"rank {settings.rank} is not at least 1")
+        if not counts.sum() > 0:
+            raise DataError("the Fisher sum has no rows: all were skipped, or there are none")
+        if not counts.all():
+            raise DataError(f"metric.damping auto holds out one sample in {HELD_OUT}; give more rows or a number")
+        if not np.isfinite(arrays["squares"]).all():
+            raise DataError("the Fisher sum holds NaN or infinity: look for extreme inputs or weights")
+        parts = [self._part(number, name, arrays) for number, name in enumerate(self._places)]
+        chosen = torch.cat([part.eigvals for part in parts]).argsort(descending=True, stable=True)[: settings.rank]
+        if not len(chosen):
+            raise DataError("the Fisher sum is zero: the metric has no direction. Is the network's output constant?")
+        kept, start = [], 0
+        for part in parts:
+            stop = start + len(part.eigvals)
+            count = int(((chosen >= start) & (chosen < stop)).sum())  # leading ones, as they descend
+            if count:
+                eigvals, eigvecs = part.eigvals[:count].clone(), part.eigvecs[:, :count].contiguous()
+                kept.append(replace(part, eigvals=eigvals, eigvecs=eigvecs))
+            start = stop
+        return tuple(kept), self._layers(arrays)
+
+    def _part(self, number: int, name: str, arrays: Arrays) -> Part:
+        place, estimator, counts = self._places[name], self._estimator(name), arrays["counts"]
+        sides = [_pick(arrays, f"{number}:{side}:") for side in self._sums[name]]
+        means = arrays["means"][:, place] if self._settings.centered else None
+        total = float(counts.sum())
+        whole = sides[0] if len(sides) == 1 else estimator.merge(*sides)
+        if means is not None:
+            whole = self._centred(name, whole, total, means.sum(axis=0))
+            sides = [self._centred(name, *side) for side in zip(sides, counts, means, strict=True)]
+        eigvals, eigvecs = estimator.eigendecompose(whole, self._settings.rank)
+        mean = estimator.trace(whole) / total / (place.stop - place.start)
+
+        def held_out() -> tuple[Tensor, Tensor]:
+            values, vectors = estimator.eigendecompose(sides[0], self._settings.rank)
+            return values / counts[0], estimator.quadratic_forms(sides[1], vectors) / counts[1]
+
+        damping = resolve(self._settings.damping, mean, held_out) if len(eigvals) else 0.0
+        return Part(name, place.start, place.stop, eigvals / total, eigvecs, damping)
+
+    def _centred(self, name: str, sums: Arrays, count: float, total: np.ndarray) -> Arrays:
+        """Subtract ``N μ μᵀ`` from sums that are linear in the matrix."""
+        mean = self._estimator(name)
+        mean.add(torch.from_numpy(total / np.sqrt(count))[None])
+        subtracted = mean.to_arrays()
+        return {key: value - subtracted[key] for key, value in sums.items()}
+
+    def _layers(self, arrays: Arrays) -> tuple[LayerTrace, ...]:
+        squares, total = arrays["squares"], float(arrays["counts"].sum())
+        found = []
+        for number, (name, place) in enumerate(_places(self._dims).items()):
+            kept, whole = arrays["norms"][:, number]
+            trace = float(squares[place].sum()) / total
+            found.append(LayerTrace(name, self._dims[name], trace, float(kept / whole) if whole > 0 else 0.0))
+        return tuple(found)
 
 
-def is_held_out(index: Tensor) -> Tensor:
-    """Return whether each sample is held out: ``(B,)`` sample indices, non-negative, to booleans ``(B,)``.
-
-    Steps of the golden ratio around a circle, of which an arc is held out: close to its share in every run of
-    samples, and in every arithmetic progression of them, so data ordered with a period (a class after the other, a
-    view after the other) is not held out by class or view.
-    """
-    return index.long() % 2**31 * _GOLDEN % _CIRCLE < _CIRCLE // HELD_OUT
+def _places(dims: Mapping[str, int]) -> dict[str, slice]:
+    found, start = {}, 0
+    for name, dim in dims.items():
+        found[name] = slice(start, start + dim)
+        start += dim
+    return found
 
 
-def decompose(sums: dict[str, np.ndarray], rank: int, damping: str | float) -> tuple[Tensor, Tensor, float]:
-    """Eigendecompose the merged Fisher sum.
-
-    Args:
-        sums: merged :class:`FisherSum` arrays.
-        rank: ``R``; fewer eigenvectors come back when fewer eigenvalues are above float64 noise.
-        damping: relative to the mean of all ``D`` eigenvalues, or ``auto`` (see :func:`held_out_damping`).
-
-    Returns:
-        Eigenvalues ``(R,)`` descending, and eigenvectors ``(D, R)``, their signs fixed as in
-        :func:`fisher_ray.metric.symmetric.eigh_descending`, both float64; the damping in the eigenvalues' unit.
-
-    Raises:
-        DataError: if the sum has no rows, is not finite or is zero.
-        RequestError: if the rank or the damping is out of range.
-    """
-    if rank < 1 or (damping != "auto" and not 0 <= _number(damping) < math.inf):
-        raise RequestError(f"rank {rank} and damping {damping!r}: give a rank of at least 1, and auto or a number >= 0")
-    fisher, counts = sums["fisher"], sums["counts"]
-    if not counts.sum() > 0:
-        raise DataError("the Fisher sum has no rows: all were skipped, or there are none")
-    if damping == "auto" and not counts.all():
-        raise DataError(f"metric.damping auto holds out one sample in {HELD_OUT}; give more rows or a number")
-    total = torch.from_numpy(fisher.sum(0) / counts.sum())
-    if not bool(torch.isfinite(total).all()):
-        raise DataError("the Fisher sum holds NaN or infinity: look for extreme inputs or weights")
-    eigvals, eigvecs = _leading(total, rank)
-    mean = float(total.trace()) / len(total)
-    if damping != "auto":
-        return eigvals, eigvecs, float(damping) * mean
-    held_vals, held_vecs = _leading(torch.from_numpy(fisher[0] / counts[0]), rank)
-    variances = ((torch.from_numpy(fisher[1] / counts[1]) @ held_vecs) * held_vecs).sum(0)
-    return eigvals, eigvecs, held_out_damping(held_vals, variances, mean)
+def _pick(arrays: Arrays, prefix: str) -> Arrays:
+    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
 
 
-def held_out_damping(eigvals: Tensor, variances: Tensor, mean: float) -> float:
-    """Choose the damping ``δ`` under which held-out second moments are closest to the identity.
-
-    Minimises the log-det divergence (Stein's loss; James & Stein, 1961) of the whitened held-out Fisher ``M`` from the
-    identity, ``tr M − log det M``, which in the eigenbasis is ``Σ_i v_i / (λ_i + δ) + log(λ_i + δ)`` up to a constant.
-
-    Args:
-        eigvals: ``λ``, fitted on the other rows, ``(R,)``.
-        variances: ``v``, the held-out Fisher's diagonal in the same eigenvectors, ``(R,)``.
-        mean: the mean eigenvalue; ``δ`` is searched on 241 points of ``[1e-6, 1e2]`` times it.
-    """
-    grid = mean * torch.logspace(-6, 2, 241, dtype=torch.float64)
-    damped = eigvals[None] + grid[:, None]
-    loss = (variances / damped + damped.log()).sum(1)
-    return float(grid[int(loss.argmin())])
-
-
-def _number(damping: str | float) -> float:
-    return math.nan if isinstance(damping, str) else float(damping)
-
-
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    values, vectors = eigh_descending(matrix)
-    keep = min(rank, num_above_noise(values))
-    if keep == 0:
-        raise DataError("the Fisher sum is zero: the metric has no direction. Is the network's output constant?")
-    return values[:keep].clone(), vectors[:, :keep].contiguous()
+def _numpy(value: Tensor) -> np.ndarray:
+    return value.cpu().numpy()

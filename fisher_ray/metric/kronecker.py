@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -75,7 +77,7 @@ class KroneckerSums:
         return {key: value.cpu().numpy() for key, value in self._sums.items()}
 
 
-def zero_sums(shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+def zero_sums(shapes: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
     """Return the arrays of sums over no samples, for blocks of the shapes ``(O, A)``."""
     found = {}
     for name, (num_outputs, num_inputs) in shapes.items():
@@ -85,7 +87,9 @@ def zero_sums(shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
     return found
 
 
-def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]], dim: int) -> dict[str, LayerBasis]:
+def choose_bases(
+    sums: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, int]], dim: int, own: Mapping[str, int] | None = None
+) -> dict[str, LayerBasis]:
     """Keep the ``dim`` Kronecker products with the largest eigenvalue products, over all blocks together.
 
     The product of eigenvalues, divided by the number of positions, estimates the Fisher's diagonal in that coordinate
@@ -95,6 +99,7 @@ def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]]
         sums: merged :class:`KroneckerSums` arrays.
         shapes: ``(O, A)`` by block, in the network's order.
         dim: ``D``; fewer are kept when the network has fewer coordinates with a non-zero product.
+        own: blocks with a number of products of their own, which are not among the ``dim``.
 
     Returns:
         float32 bases by block name, the coordinates of each in descending order of their products; eigenvectors have
@@ -113,18 +118,29 @@ def choose_bases(sums: dict[str, np.ndarray], shapes: dict[str, tuple[int, int]]
             values_out, vectors_out = _eigh(sums[f"{name}:outputs"], name)
             products = torch.outer(values_out, values_in) / float(sums[f"{name}:positions"])
             decomposed[name] = (vectors_in, vectors_out, products)
-    flat = torch.cat([products.flatten() for _, _, products in decomposed.values()])
-    order = torch.argsort(flat, descending=True, stable=True)[:dim]
-    order = order[flat[order] > 0]
-    if not len(order):
+    own = own or {}
+    kept = _largest({name: products for name, (*_, products) in decomposed.items() if name not in own}, dim)
+    for name, number in own.items():
+        if name in decomposed:
+            kept |= _largest({name: decomposed[name][2]}, number)
+    if not any(len(chosen) for chosen in kept.values()):
         raise DataError("every score is zero: the Fisher metric has no direction. Is the network's output constant?")
-    bases, start = {}, 0
-    for name, (vectors_in, vectors_out, products) in decomposed.items():
-        mine = order[(order >= start) & (order < start + products.numel())] - start
-        start += products.numel()
-        if len(mine):
-            bases[name] = _basis(name, vectors_in, vectors_out, mine)
-    return bases
+    vectors = {name: (vectors_in, vectors_out) for name, (vectors_in, vectors_out, _) in decomposed.items()}
+    return {name: _basis(name, *vectors[name], kept[name]) for name in vectors if len(kept[name])}
+
+
+def _largest(products: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return where the ``count`` largest products stand in each block, flattened; zeros are never kept."""
+    if not products:
+        return {}
+    flat = torch.cat([block.flatten() for block in products.values()])
+    order = torch.argsort(flat, descending=True, stable=True)[:count]
+    order = order[flat[order] > 0]
+    kept, start = {}, 0
+    for name, block in products.items():
+        kept[name] = order[(order >= start) & (order < start + block.numel())] - start
+        start += block.numel()
+    return kept
 
 
 def _basis(name: str, vectors_in: Tensor, vectors_out: Tensor, flat: Tensor) -> LayerBasis:
@@ -154,13 +170,3 @@ def _eigh(matrix: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
     values, vectors = tensor.sort(descending=True, stable=True) if tensor.ndim == 1 else eigh_descending(tensor)
     values[num_above_noise(values) :] = 0
     return values, vectors
-
-
-def identity_bases(shapes: dict[str, tuple[int, int]]) -> dict[str, LayerBasis]:
-    """Bases that keep every gradient entry: ``D = P``."""
-    bases = {}
-    for name, (num_outputs, num_inputs) in shapes.items():
-        grid = torch.meshgrid(torch.arange(num_outputs), torch.arange(num_inputs), indexing="ij")
-        pairs = torch.stack([axis.flatten() for axis in grid], dim=1)
-        bases[name] = LayerBasis(name, torch.eye(num_inputs), torch.eye(num_outputs), pairs)
-    return bases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,9 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
+MOST_LAYERS = 8
+"""Layers whose spectra are drawn."""
+_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 _INCHES = 4.6
 """Width: on a phone the letters are then about as large as the page's."""
 
@@ -53,18 +57,50 @@ def accuracy_bars(rows: Sequence[Row]) -> str:
 
 
 @mpl.rc_context(_STYLE)
-def spectrum(eigvals: Sequence[float], damping: float) -> str:
-    """Draw the metric's eigenvalues and the damping, on logarithmic axes."""
-    positive = [value for value in eigvals if value > 0]
+def spectrum(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the metric's eigenvalues and its damping, on logarithmic axes.
+
+    Args:
+        parts: each with ``eigvals`` and ``damping``; those of several are drawn as one spectrum, with the range of
+            their dampings.
+    """
+    positive = sorted((value for part in parts for value in part["eigvals"] if value > 0), reverse=True)
+    dampings = sorted(part["damping"] for part in parts)
     figure, axes = _start(3.0)
     axes.loglog(range(1, len(positive) + 1), positive, color=_ACCENT, linewidth=2)
-    if damping > 0:
-        axes.axhline(damping, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.annotate(f"damping {damping:.2g}", (1, damping), (2, 3), textcoords="offset points", va="bottom")
+    low, high = dampings[0], dampings[-1]
+    text = f"damping {low:.2g}" if low == high else f"dampings {low:.2g} to {high:.2g}"
+    for value in dict.fromkeys(damping for damping in (low, high) if damping > 0):
+        axes.axhline(value, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
+    if high > 0:
+        axes.annotate(text, (1, high), (2, 3), textcoords="offset points", va="bottom")
     axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the Fisher metric")
     axes.grid(True, linewidth=0.5)
-    text = f"{len(positive)} eigenvalues from {positive[0]:.2g} to {positive[-1]:.2g}, damping {damping:.2g}."
-    return _svg(figure, "spectrum", f"Line chart on logarithmic axes: {text}")
+    described = f"{len(positive)} eigenvalues from {positive[0]:.2g} to {positive[-1]:.2g}, {text}."
+    return _svg(figure, "spectrum", f"Line chart on logarithmic axes: {described}")
+
+
+@mpl.rc_context(_STYLE)
+def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Draw the eigenvalues of the layers' own blocks of the metric, on logarithmic axes.
+
+    Args:
+        layers: each with ``name`` and ``eigvals``; of more than :data:`MOST_LAYERS`, those of the largest sums.
+    """
+    whole = [layer for layer in layers if any(value > 0 for value in layer["eigvals"])]
+    shown = sorted(whole, key=lambda layer: -sum(layer["eigvals"]))[:MOST_LAYERS]
+    figure, axes = _start(3.4)
+    floor = 1e-8 * max(layer["eigvals"][0] for layer in shown)
+    for layer, dashes in zip(shown, itertools.cycle(_DASHES), strict=False):
+        positive = [value for value in layer["eigvals"] if value > floor]
+        axes.loglog(range(1, len(positive) + 1), positive, color=_INK, linestyle=dashes, linewidth=1.4)
+        where = (len(positive), positive[-1])
+        axes.annotate(_plain(layer["name"]), where, (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the layer's block")
+    axes.margins(x=0.18)
+    axes.grid(True, linewidth=0.5)
+    text = "; ".join(f"{layer['name']} from {layer['eigvals'][0]:.2g}" for layer in shown)
+    return _svg(figure, "layers", f"Line chart on logarithmic axes of each layer's eigenvalues: {text}.")
 
 
 @mpl.rc_context(_STYLE)

@@ -17,6 +17,15 @@ MOST_SKIPPED = 100
 _STAGES = {"trained_on": "training on"}
 """Stages that are called otherwise than their key."""
 
+_METRIC = {
+    "dim": ("coordinates", ",d"),
+    "trace": ("trace of the Fisher in them", ".4g"),
+    "captured": ("share of the trace that the eigenvalues capture", ".1%"),
+    "effective_dim": ("effective dimension, \u03a3 \u03bb / (\u03bb + \u03b4)", ",.1f"),
+    "condition": ("condition number, damped", ".3g"),
+}
+"""Of a metric's summary, what is listed, how it is called and written."""
+
 _CSS = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --page: #ffffff; --ink: #1c2127; --soft: #59636e; --line: #d5dae0;
@@ -50,10 +59,10 @@ def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[
     Args:
         storage: the run folder.
         results: the content of ``results.json``; accuracies may be None.
-        details: what only the page shows; every key may be missing or empty: ``eigvals`` and ``damping``, ``path``
-            (of ``penalty``, ``accuracy``), ``seconds`` by stage, ``config`` (text), ``layers`` (of ``name``,
-            ``coordinates``, ``shape``), ``skipped`` (of ``split``, ``row``, ``reason``), ``intervals`` by model,
-            ``verdict``, ``environment``.
+        details: what only the page shows; every key may be missing or empty: ``metric`` (what
+            :meth:`fisher_ray.metric.LowRankMetric.summary` returns), ``path`` (of ``penalty``, ``accuracy``),
+            ``seconds`` by stage, ``config`` (text), ``layers`` (of ``name``, ``coordinates``, ``shape``), ``skipped``
+            (of ``split``, ``row``, ``reason``), ``intervals`` by model, ``verdict``, ``environment``.
 
     Raises:
         ValueError: if a result is NaN or infinite, which JSON cannot hold.
@@ -104,9 +113,15 @@ def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     if details.get("path"):
         text = "Accuracy on the validation rows against the penalty; the best penalty is kept."
         drawn.append((figures.penalty_path(details["path"]), text))
-    if any(value > 0 for value in details.get("eigvals") or []):
+    metric = details.get("metric") or {}
+    if metric.get("parts"):
         text = "Eigenvalues of the Fisher metric. Directions below the damping count for less."
-        drawn.append((figures.spectrum(details["eigvals"], details.get("damping") or 0.0), text))
+        drawn.append((figures.spectrum(metric["parts"]), text))
+    if len(metric.get("layers") or []) > 1:
+        text = "Eigenvalues of each layer's own block of the metric."
+        if len(metric["layers"]) > figures.MOST_LAYERS:
+            text += f" The {figures.MOST_LAYERS} layers that have most of it."
+        drawn.append((figures.layer_spectra(metric["layers"]), text))
     if stages := _stages(results, details):
         drawn.append((figures.stage_seconds(stages), "Wall time of each stage."))
     if not drawn:
@@ -124,11 +139,18 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     parts = [f"<p>The linear model has {results['num_features']:,} features a sample.</p>"]
     if rows:
         parts.append(_table(("stage", "wall time", "samples per second"), rows, "Stages", kind="numbers"))
-    layers = [
-        (layer["name"], _shape(layer["shape"]), f"{layer['coordinates']:,}") for layer in details.get("layers") or []
-    ]
+    metric = details.get("metric") or {}
+    if metric:
+        told = [(text, f"{metric[key]:{shape}}") for key, (text, shape) in _METRIC.items()]
+        parts.append(_table(("what", "value"), told, "The Fisher metric", kind="numbers"))
+    known = {layer["name"]: layer for layer in metric.get("layers") or []}
+    layers = []
+    for layer in details.get("layers") or []:
+        found = known.get(layer["name"], {})
+        shares = (f"{100 * found['trace'] / metric['trace']:.1f} %", f"{100 * found['kept']:.1f} %") if found else ()
+        layers.append((layer["name"], _shape(layer["shape"]), f"{layer['coordinates']:,}", *shares))
     if layers:
-        columns = ("layer", "shape", "coordinates kept")
+        columns = ("layer", "shape", "coordinates", *(("share of the trace", "kept of the gradient") if known else ()))
         parts.append(_table(columns, layers, "Layers whose gradients are used", kind="numbers"))
     return f"<section><h2>The run</h2>{''.join(parts)}</section>"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fisher_ray.config import Config
 
+_METRIC = ("dim", "trace", "captured", "effective_dim", "condition", "parts", "layers")
 Stages = Mapping[str, Mapping[str, Any]]
 _SHARED = {"metric": ("basis", "metric"), "features": ("features/train", "features/test")}
 """Keys of ``results["seconds"]`` that several stages make up."""
@@ -52,8 +53,7 @@ def summarise(
     }
     details = {
         "verdict": verdict(results, trained_on, _trained_for(config)),
-        "eigvals": metric["eigvals"],
-        "damping": metric["damping"],
+        "metric": {key: value for key, value in metric.items() if key in _METRIC},
         "path": linear["path"],
         "layers": stages["basis"]["result"]["layers"],
         "skipped": [

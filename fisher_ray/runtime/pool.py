@@ -16,7 +16,7 @@ from fisher_ray.errors import FisherRayError, WorkersLostError
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.runtime.schedule import Node, Schedule
 from fisher_ray.runtime.session import Session
-from fisher_ray.runtime.worker import Place, Worker
+from fisher_ray.runtime.worker import Merge, Place, Worker
 
 Ref: TypeAlias = Any
 """A reference to an object in Ray's store."""
@@ -87,15 +87,24 @@ class Pool:
         task: Callable[..., tuple[Receipt, Any]],
         units: Sequence[Unit],
         on_receipt: Callable[[Receipt], None],
+        *,
+        merge: Merge | None = None,
         **options: Any,
     ) -> Ref:
-        """Run the task for every unit, and add its arrays along a fixed tree, on the workers.
+        """Run the task for every unit, and merge its arrays along a fixed tree, on the workers.
+
+        Args:
+            task: called as ``task(workbench, unit, attempt, **options)``.
+            units: in order.
+            on_receipt: hears of every unit.
+            merge: called as ``merge(workbench, left, right)``; by default, arrays are added.
+            options: plain values.
 
         Returns:
             A reference to the sum, for :meth:`solo`. Raises as :meth:`map`.
         """
         schedule = Schedule(units, self._config.runtime.max_attempts, merge=True)
-        self._drive(schedule, task, on_receipt, options)
+        self._drive(schedule, task, on_receipt, options, merge)
         return schedule.result
 
     def solo(
@@ -209,17 +218,29 @@ class Pool:
     # -- the loop
 
     def _drive(
-        self, schedule: Schedule, task: Callable[..., Any], on_receipt: Callable[[Receipt], None], options: Any
+        self,
+        schedule: Schedule,
+        task: Callable[..., Any],
+        on_receipt: Callable[[Receipt], None],
+        options: Any,
+        merge: Merge | None = None,
     ) -> None:
         while not schedule.finished:
             self._top_up()
             for member in self._members:
                 if member.place is not None and member.node is None and (work := schedule.take()) is not None:
-                    self._send(member, schedule, task, *work, options)
+                    self._send(member, schedule, task, *work, options, merge)
             self._await(schedule, on_receipt)
 
     def _send(
-        self, member: _Member, schedule: Schedule, task: Callable[..., Any], node: Node, attempt: int, options: Any
+        self,
+        member: _Member,
+        schedule: Schedule,
+        task: Callable[..., Any],
+        node: Node,
+        attempt: int,
+        options: Any,
+        merge: Merge | None,
     ) -> None:
         member.node = node
         if node.level == 0:
@@ -227,7 +248,7 @@ class Pool:
             member.reply, member.arrays = call.remote(task, schedule.unit(node), attempt, options)
         else:
             call = member.handle.merge.options(num_returns=2)
-            member.reply, member.arrays = call.remote(*schedule.inputs(node))
+            member.reply, member.arrays = call.remote(merge, *schedule.inputs(node))
 
     def _await(self, schedule: Schedule | None = None, on_receipt: Callable[[Receipt], None] | None = None) -> None:
         """Wait until something comes back, and take it in; without a schedule nobody is at work."""

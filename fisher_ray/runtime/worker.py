@@ -12,6 +12,7 @@ from fisher_ray.config import Config
 from fisher_ray.records import Receipt, Unit
 
 Arrays = dict[str, Any]
+Merge = Callable[[Any, Arrays, Arrays], Arrays]
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ class Worker:
         receipt, arrays = task(self._bench, unit, attempt, **options)
         return replace(receipt, worker=str(self.ready())), arrays
 
-    def merge(self, left: Arrays, right: Arrays) -> tuple[None, Arrays]:
-        """Add two results.
+    def merge(self, merge: Merge | None, left: Arrays, right: Arrays) -> tuple[None, Arrays]:
+        """Merge two results: as ``merge(workbench, left, right)`` does, or by adding their arrays.
 
         Raises:
             ValueError: if they hold different sums, of which none may be dropped.
         """
         if left.keys() != right.keys():
             raise ValueError(f"sums of {sorted(left)} do not merge with sums of {sorted(right)}")
+        if merge is not None:
+            return None, merge(self._bench, left, right)
         return None, {name: value + right[name] for name, value in left.items()}
 
     def solo(self, task: Callable[..., Any], threads: int, inputs: list[Any], options: dict[str, Any]) -> Iterator[Any]:

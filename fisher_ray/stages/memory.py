@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fisher_ray.config import Config
 from fisher_ray.errors import ConfigError
-from fisher_ray.gradients import ScoreEngine, peak_bytes
-from fisher_ray.metric import KroneckerSums
+from fisher_ray.gradients import Compressor, ScoreEngine, peak_bytes
+from fisher_ray.metric import KroneckerSums, plan_compression
 from fisher_ray.records import Batch
+from fisher_ray.stages.compression import stand_in
 from fisher_ray.stages.passes import batch_scores
 
 MOST = 64
@@ -19,7 +20,8 @@ MOST = 64
 def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> int:
     """Return ``runtime.micro_batch``; for ``auto``, the largest power of two that ``runtime.memory_bytes`` allow.
 
-    The bytes of scores and of their moments are counted and not measured, so the answer is the same on every machine.
+    The bytes of scores, of their moments and of their compression are counted and not measured, so the answer is the
+    same on every machine.
 
     Args:
         config: the run's.
@@ -46,16 +48,20 @@ def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> i
 def _count(config: Config, engine: ScoreEngine, inputs: Tensor, size: int) -> int:
     zeros = torch.zeros(size, dtype=torch.int64)
     batch = Batch(inputs[zeros], zeros, torch.arange(size))
-    dim = config.compression.dim if config.compression.kind == "kronecker" else 0
+    like = next(engine.model.parameters())
+    with_moments = plan_compression(config.compression, engine.block_shapes).with_moments
+    compressor = Compressor(stand_in(config.compression, engine.blocks), engine.blocks, like)
+
+    passes = [(config.scores.labels, 1), (config.metric_labels, config.metric.draws)]
 
     def compute() -> None:
         sums = KroneckerSums()
-        scores = batch_scores(engine, batch, config.scores.labels, config.seed)
-        for item in scores.factors:
-            if config.compression.kind == "kronecker":
-                item.add_moments(sums)
-            else:
-                item.gradient()
-        scores.logits.new_empty(2, size, scores.num_scores, dim)  # the compressed scores, twice
+        for labels, draws in dict.fromkeys(passes):
+            scores = batch_scores(engine, batch, labels, config.seed, draws)
+            for item in scores.factors:
+                if item.block.name in with_moments:
+                    item.add_moments(sums)
+            compressed = compressor.compress(scores)
+            compressed.new_empty(compressed.shape)  # the features
 
     return peak_bytes(compute)

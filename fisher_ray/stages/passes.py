@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisher_ray.config import Config
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine, Scores
+from fisher_ray.gradients import Compressor, ScoreEngine, Scores, square_norms
 from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric
 from fisher_ray.records import Batch
 from fisher_ray.stages.facts import Facts
@@ -21,6 +21,9 @@ from fisher_ray.store import ArraySpec, StoreSpec
 STORED_RMS = 16.0
 """Features are scaled to about this root mean square: far from float16's both ends."""
 
+
+NUM_WHOLE = 8
+"""Samples of a unit whose gradients are also formed whole."""
 
 Made = TypeVar("Made")
 Drop = Callable[[int], None]
@@ -44,44 +47,72 @@ class Features:
     hidden: Tensor | None
 
 
-def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int) -> Scores:
-    """Scores of one batch: all classes weighted by ``√p_c``, or of one label a sample (``scores.labels``)."""
+def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draws: int = 1) -> Scores:
+    """Scores of one batch: all classes weighted by ``√p_c``, or of ``draws`` labels a sample.
+
+    Args:
+        engine: of the network.
+        batch: samples.
+        labels: ``all``, ``true``, ``sampled`` or ``uniform``.
+        seed: the run's; a label is drawn from it, the sample's row and the draw's number.
+        draws: labels a sample; their scores are divided by ``√draws``.
+    """
     if labels == "all":
         return engine.all_classes(batch.inputs)
-    return engine.of_labels(
-        batch.inputs, lambda output: engine.likelihood.draw(labels, output, batch.labels, batch.index, seed)
-    )
+
+    def draw(output: Tensor, number: int) -> Tensor:
+        return engine.likelihood.draw(labels, output, batch.labels, batch.index, seed + (number << 32))
+
+    return engine.of_draws(batch.inputs, draw, draws)
 
 
 def kronecker_pass(
-    engine: ScoreEngine, batches: Iterable[Batch], labels: str, seed: int, drop: Drop | None = None
+    engine: ScoreEngine,
+    layers: Collection[str],
+    batches: Iterable[Batch],
+    labels: str,
+    seed: int,
+    drop: Drop | None = None,
+    draws: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Sum the factors' second moments over ``batches``."""
+    """Sum the second moments of the factors of ``layers`` over ``batches``."""
     sums = KroneckerSums()
     for batch in batches:
-        found = _usable(batch, lambda part: batch_scores(engine, part, labels, seed), _finite_factors, drop)
+        found = _usable(batch, lambda part: batch_scores(engine, part, labels, seed, draws), _finite_factors, drop)
         for item in found[1].factors if found else ():
-            item.add_moments(sums)
+            if item.block.name in layers:
+                item.add_moments(sums)
     return sums.to_arrays()
 
 
 def fisher_pass(
     engine: ScoreEngine,
-    compressor: KroneckerCompressor,
+    compressor: Compressor,
+    sums: FisherSum,
     batches: Iterable[Batch],
     labels: str,
     seed: int,
     drop: Drop | None = None,
+    draws: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Sum the exact Fisher in compressed coordinates over ``batches``."""
-    sums = FisherSum(compressor.dim)
+    """Add ``batches`` to the sum of the Fisher in compressed coordinates, and return its arrays.
+
+    The whole gradients of the first few samples are formed too, layer by layer, to see what the compression leaves out.
+    """
+    seen = False
 
     def compressed(part: Batch) -> Tensor:
-        return compressor.compress(batch_scores(engine, part, labels, seed))
+        return compressor.compress(batch_scores(engine, part, labels, seed, draws))
 
     for batch in batches:
         if found := _usable(batch, compressed, _finite_rows, drop):
-            sums.add(found[1], found[0].index)
+            kept, values = found
+            sums.add(values, kept.index)
+            if not seen:
+                few = Batch(kept.inputs[:NUM_WHOLE], kept.labels[:NUM_WHOLE], kept.index[:NUM_WHOLE])
+                norms = square_norms(batch_scores(engine, few, labels, seed, draws))
+                sums.add_norms(values[:NUM_WHOLE], norms)
+                seen = True
     return sums.to_arrays()
 
 
@@ -119,7 +150,7 @@ def _finite_factors(scores: Scores) -> Tensor:
 
 def batch_features(
     engine: ScoreEngine,
-    compressor: KroneckerCompressor,
+    compressor: Compressor,
     metric: LowRankMetric,
     batch: Batch,
     *,

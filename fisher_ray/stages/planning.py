@@ -11,6 +11,7 @@ import torch
 from fisher_ray.config import Config
 from fisher_ray.data import choose_units, plan_units
 from fisher_ray.gradients import ScoreEngine
+from fisher_ray.metric import plan_compression
 from fisher_ray.records import Batch, Unit
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.networks import build_network
@@ -88,8 +89,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
 
 
 def _dim(config: Config, facts: Facts) -> int:
-    num_parameters = facts.num_parameters
-    return num_parameters if config.compression.kind == "identity" else min(config.compression.dim, num_parameters)
+    return plan_compression(config.compression, facts.block_shapes).dim
 
 
 def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> dict[str, int]:
@@ -109,7 +109,7 @@ def _seconds(config: Config, facts: Facts) -> dict[str, float]:
     each_s = _seconds_a_sample(config, facts, cpus) / workers
     num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
     metric_rows = sum(len(unit) for unit in metric_units(config, facts))
-    passes = 2 if config.compression.kind == "kronecker" else 1
+    passes = 2 if plan_compression(config.compression, facts.block_shapes).with_moments else 1
     return {
         "metric": round(passes * metric_rows * each_s, 1),
         "features": round(config.linear.views * num_rows * each_s, 1),

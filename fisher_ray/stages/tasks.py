@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fisher_ray.metric import (
-    LowRankMetric,
-    bases_from,
-    basis_arrays,
-    choose_bases,
-    decompose,
-    identity_bases,
-    zero_sums,
-)
+from fisher_ray.metric import LowRankMetric, basis_arrays, basis_attributes, zero_sums
 from fisher_ray.records import Receipt, Unit
-from fisher_ray.stages import shallow
+from fisher_ray.stages import compression, shallow
 from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
 from fisher_ray.stages.training import clean_batches, drop_row
 from fisher_ray.stages.workbench import Workbench
-from fisher_ray.store import load_arrays, open_features, save_arrays, write_unit
+from fisher_ray.store import open_features, save_arrays, write_unit
 
 Arrays = dict[str, np.ndarray]
 
 
 def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
-    """Sum the factors' second moments over a unit."""
-    start, skipped = time.monotonic(), dict[int, str]()
+    """Sum the factors' second moments over a unit, of the layers that are compressed by them."""
+    start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
     drop = partial(drop_row, bench, "shallow", skipped)
-    sums = kronecker_pass(bench.engine, batches, bench.config.scores.labels, bench.config.seed, drop)
-    return _receipt(unit, attempt, start, skipped), {
-        **zero_sums(bench.facts.block_shapes),
-        **sums,
-    }  # the same names in all
+    plans = compression.plan(config.compression, config.metric, bench.facts.block_shapes)
+    shapes = {name: bench.facts.block_shapes[name] for name in plans.with_moments}
+    labels, draws = config.metric_labels, config.metric.draws
+    sums = kronecker_pass(bench.engine, shapes, batches, labels, config.seed, drop, draws)
+    return _receipt(unit, attempt, start, skipped), {**zero_sums(shapes), **sums}  # the same names in all
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum the Fisher over a unit, in compressed coordinates."""
-    start, skipped = time.monotonic(), dict[int, str]()
+    start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
-    config, drop = bench.config, partial(drop_row, bench, "shallow", skipped)
-    sums = fisher_pass(bench.engine, bench.compressor, batches, config.scores.labels, config.seed, drop)
-    return _receipt(unit, attempt, start, skipped), sums
+    drop, labels, draws = partial(drop_row, bench, "shallow", skipped), config.metric_labels, config.metric.draws
+    sums = bench.new_fisher_sum()
+    arrays = fisher_pass(bench.engine, bench.compressor, sums, batches, labels, config.seed, drop, draws)
+    return _receipt(unit, attempt, start, skipped), arrays
+
+
+def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
+    """Merge two results of :func:`sum_fisher`."""
+    return bench.new_fisher_sum().merge(left, right)
 
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
@@ -95,41 +92,36 @@ def _receipt(unit: Unit, attempt: int, start: float, skipped: dict[int, str]) ->
 
 
 def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:
-    """Choose the compression from merged Kronecker sums (none for ``identity``), and write ``basis.zarr``.
+    """Choose the compression, from merged Kronecker sums where a layer's is by them, and write ``basis.zarr``.
 
     Returns:
         ``layers``: name, shape and number of coordinates of each.
     """
-    shapes = bench.facts.block_shapes
-    bases = choose_bases(sums[0], shapes, bench.config.compression.dim) if sums else identity_bases(shapes)
-    save_arrays(bench.url("basis.zarr"), basis_arrays(bases), {"kind": "basis", "blocks": list(bases)})
-    return {"layers": [{"name": n, "shape": list(shapes[n]), "coordinates": len(b.pairs)} for n, b in bases.items()]}
+    config, shapes = bench.config, bench.facts.block_shapes
+    moments = sums[0] if sums else None
+    bases = compression.choose_compression(config.compression, bench.engine.blocks, moments, config.seed)
+    save_arrays(bench.url("basis.zarr"), basis_arrays(bases), {"kind": "basis", "bases": basis_attributes(bases)})
+    return {"layers": [{"name": n, "shape": list(shapes[n]), "coordinates": b.dim} for n, b in bases.items()]}
 
 
 def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) -> dict[str, Any]:
     """Decompose the merged Fisher sum, and write ``metric.zarr``.
 
     Returns:
-        ``eigvals``, ``damping``, ``trace`` (of the compressed Fisher), ``num_samples``, ``rank``, ``feature_rms`` and
-        ``fingerprint``.
+        ``num_samples``, ``rank``, ``feature_rms``, ``fingerprint``, and what
+        :meth:`fisher_ray.metric.LowRankMetric.summary` tells.
     """
-    settings = bench.config.metric
-    eigvals, eigvecs, damping = decompose(sums, settings.rank, settings.damping)
-    arrays, kept = load_arrays(bench.url("basis.zarr"))
-    scores = bench.config.scores
-    attributes = {"fingerprints": fingerprints, "labels": scores.labels, "parameters": bench.engine.selection}
-    metric = LowRankMetric(bases_from(arrays, kept["blocks"]), eigvals, eigvecs, damping, attributes)
+    config = bench.config
+    parts, layers = bench.new_fisher_sum().decompose(sums)
+    settings = config.metric.model_dump(mode="json", include={"estimator", "structure", "draws", "centered"})
+    attributes = {"fingerprints": fingerprints, "parameters": bench.engine.selection, **settings}
+    attributes |= {"labels": config.scores.labels, "metric_labels": config.metric_labels}
+    metric = LowRankMetric(bench.bases, parts, layers, attributes)
     metric.save(bench.url("metric.zarr"))
-    num_samples = float(sums["counts"].sum())
-    digest = hashlib.sha256(eigvals.numpy().tobytes() + eigvecs.numpy().tobytes() + repr(damping).encode())
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
     return {
-        "eigvals": eigvals.tolist(),
-        "damping": damping,
-        "trace": float(np.trace(sums["fisher"].sum(0))) / num_samples,
-        "num_samples": int(num_samples),
+        "num_samples": int(sums["counts"].sum()),
         "rank": metric.rank,
         "feature_rms": metric.feature_rms,
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": metric.fingerprint,
+        **metric.summary(),
     }

@@ -15,9 +15,10 @@ from torch import nn
 from fisher_ray.config import Config
 from fisher_ray.data import Source, check_source, load_batches, open_source
 from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
-from fisher_ray.gradients import KroneckerCompressor, ScoreEngine
-from fisher_ray.metric import LowRankMetric, bases_from
-from fisher_ray.records import Batch
+from fisher_ray.gradients import Compressor, ScoreEngine
+from fisher_ray.metric import FisherSum, LowRankMetric, bases_from
+from fisher_ray.records import Batch, Compression
+from fisher_ray.stages import compression
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.memory import choose_micro_batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
@@ -26,9 +27,6 @@ from fisher_ray.store import load_arrays
 
 BASE_FILE = "base/model.safetensors"
 SPLITS = ("train", "shallow", "test")
-MAX_IDENTITY = 16384
-"""Parameters that ``compression.kind: identity`` takes at most: a dense matrix of them is 2 GB."""
-
 NUM_TRIED = 8
 """Rows that the network is tried on, and how often it is tried on the first of them."""
 
@@ -75,10 +73,20 @@ class Workbench:
         return ScoreEngine(self.model, self.config.scores.parameters)
 
     @cached_property
-    def compressor(self) -> KroneckerCompressor:
-        """The compression, from the basis that the metric stage wrote first."""
+    def bases(self) -> dict[str, Compression]:
+        """The compression, which the metric stage wrote first."""
         arrays, attributes = load_arrays(self.url("basis.zarr"))
-        return KroneckerCompressor(bases_from(arrays, attributes["blocks"]), self._like)
+        return bases_from(arrays, attributes["bases"])
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """What compresses scores."""
+        return Compressor(self.bases, self.engine.blocks, self._like)
+
+    def new_fisher_sum(self) -> FisherSum:
+        """Return a sum of the Fisher without samples."""
+        dims = {name: basis.dim for name, basis in self.bases.items()}
+        return FisherSum(self.config.metric, dims, self.config.seed)
 
     @cached_property
     def metric(self) -> LowRankMetric:
@@ -148,11 +156,7 @@ def inspect_request(config: Config) -> Facts:
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in engine.block_shapes.values())
-    if config.compression.kind == "identity" and num_parameters > MAX_IDENTITY:
-        raise ConfigError(
-            f"compression.kind identity keeps all {num_parameters} parameters, and its Fisher matrix is dense: at most "
-            f"{MAX_IDENTITY}. Set compression.kind: kronecker, or choose fewer with scores.parameters."
-        )
+    compression.plan(config.compression, config.metric, engine.block_shapes)
     return Facts(
         {split: len(source) for split, source in sources.items()},
         {**{split: source.fingerprint() for split, source in sources.items()}, **fingerprints},

@@ -7,9 +7,9 @@ from torch import nn
 from fisher_ray import class_scores
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients import (
+    Compressor,
     GradientBuffer,
     GradientSketch,
-    KroneckerCompressor,
     LargestEntries,
     ScoreEngine,
     random_bases,
@@ -72,7 +72,7 @@ def test_projections_and_sketches_are_those_of_the_oracles_gradient(name, target
     bases = random_bases(engine.blocks, 3, seed=1)
     sketch = GradientSketch(engine.blocks, 17, seed=1, like=torch.zeros((), dtype=torch.float64))
     scores = engine.of_labels(inputs, LABELS) if targets == "one" else engine.all_classes(inputs, weighted=False)
-    projected, sketched = KroneckerCompressor(bases, scores.logits).compress(scores), sketch.compress(scores)
+    projected, sketched = Compressor(bases, engine.blocks, scores.logits).compress(scores), sketch.compress(scores)
 
     num_classes = main_output(call(model, inputs)).shape[1]
     for row, label in enumerate(LABELS.tolist()):
@@ -114,7 +114,7 @@ def test_dot_products_of_sketches_and_projections_are_unbiased():
     for seed in range(400):
         made = GradientSketch(engine.blocks, 16, seed, scores.logits).compress(scores)[:, 0]
         sums["sketch"][seed] = made @ made.T
-        made = KroneckerCompressor(random_bases(engine.blocks, 3, seed), scores.logits).compress(scores)[:, 0]
+        made = Compressor(random_bases(engine.blocks, 3, seed), engine.blocks, scores.logits).compress(scores)[:, 0]
         sums["projection"][seed] = made @ made.T
     for values in sums.values():
         error = (values.mean(0) - exact) / (values.std(0) / 20)
@@ -146,7 +146,7 @@ def test_a_wide_layers_gradient_is_never_formed_when_it_is_compressed(monkeypatc
     model = nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.Linear(4096, 10, bias=False))
     engine, inputs = ScoreEngine(model), torch.randn(8, 4096)
     bases = random_bases(engine.blocks, 64, 0)
-    compressor = KroneckerCompressor(bases, inputs)
+    compressor = Compressor(bases, engine.blocks, inputs)
     sketch = GradientSketch(engine.blocks, 4096, 0, inputs)
     labels = torch.zeros(8, dtype=torch.long)
     engine.of_labels(inputs[:2], labels[:2])  # what is done once

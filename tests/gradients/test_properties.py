@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fisher_ray import per_sample_gradients
-from fisher_ray.gradients import GradientSketch, KroneckerCompressor, ScoreEngine, random_bases
+from fisher_ray.gradients import Compressor, GradientSketch, ScoreEngine, random_bases
 from fisher_ray.gradients.outputs import rows
 from tests.gradients.test_zoo import log_softmax_of, oracle
 from tests.gradients.zoo import ZOO, build
@@ -20,7 +20,7 @@ SAMPLES = 6
 def test_neither_a_batchs_split_nor_its_order_changes_a_row(name, order, cut):
     model, inputs = build(name, SAMPLES)
     engine, labels, index = ScoreEngine(model), torch.arange(SAMPLES) % 3, torch.tensor(order)
-    compressor = KroneckerCompressor(random_bases(engine.blocks, 4, 0), torch.zeros((), dtype=torch.float64))
+    compressor = Compressor(random_bases(engine.blocks, 4, 0), engine.blocks, torch.zeros((), dtype=torch.float64))
     sketch = GradientSketch(engine.blocks, 19, 0, torch.zeros((), dtype=torch.float64))
 
     def compressed(part):

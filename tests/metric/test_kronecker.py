@@ -10,7 +10,7 @@ from torch import nn
 
 from fisher_ray.errors import DataError
 from fisher_ray.gradients import ScoreEngine
-from fisher_ray.metric import KroneckerSums, choose_bases, identity_bases, kronecker
+from fisher_ray.metric import KroneckerSums, choose_bases, kronecker
 from tests.gradients.networks import make
 from tests.metric.fitting import compress, kronecker_bases, kronecker_sums
 from tests.reference import metric as reference
@@ -192,11 +192,20 @@ def test_sums_of_nothing_of_zero_and_not_finite_are_refused():
             choose_bases(kronecker_sums(model, inputs), shapes, 5)
 
 
-def test_identity_bases_keep_each_entry_once_in_order():
-    (basis,) = identity_bases({"layer": (2, 3)}).values()
-    assert basis.pairs.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    assert torch.equal(basis.inputs, torch.eye(3))
-    assert torch.equal(basis.outputs, torch.eye(2))
+def test_layers_with_a_number_of_products_of_their_own_do_not_share():
+    model, inputs = make("mlp", 20)
+    sums, shapes = kronecker_sums(model, inputs), ScoreEngine(model).block_shapes
+    first, *others = shapes
+    bases = choose_bases(sums, shapes, 9, {first: 4})
+
+    assert bases[first].dim == 4
+    assert sum(bases[name].dim for name in others if name in bases) == 9
+    alone = choose_bases(sums, {first: shapes[first]}, 4)[first]
+    assert torch.equal(bases[first].pairs, alone.pairs)
+    rest = choose_bases(sums, {name: shapes[name] for name in others}, 9)
+    assert {name: basis.dim for name, basis in rest.items()} == {
+        name: basis.dim for name, basis in bases.items() if name != first
+    }
 
 
 @pytest.mark.gpu

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fisher_ray.errors import ModelError, StoreError
-from fisher_ray.metric import LowRankMetric, basis_arrays, decompose
+from fisher_ray.metric import LowRankMetric, Part
+from fisher_ray.records import LayerSketch
 from fisher_ray.store import ArraySpec, StoreSpec, create_store, save_arrays
 from tests.gradients.networks import make
-from tests.metric.fitting import compress, fisher_sums, fit, kronecker_bases, whole_bases
+from tests.metric.fitting import compress, decompose, fit, kronecker_bases, whole_bases
 from tests.reference import metric as reference
 
 
@@ -26,8 +27,13 @@ def fitted():
 
 def metric_of(fisher, rank, damping):
     """The metric of a Fisher matrix ``(D, D)``, without a network."""
-    sums = {"fisher": np.stack([fisher, np.zeros_like(fisher)]), "counts": np.array([1.0, 0.0])}
-    return LowRankMetric({}, *decompose(sums, rank, damping), {})
+    rows = torch.linalg.cholesky(torch.as_tensor(fisher)).T[None]  # one sample whose scores' products add up to it
+    part = decompose(rows, rank, damping)
+    return LowRankMetric({"fc": LayerSketch("fc", (1, len(fisher)), len(fisher), None)}, (part,), (), {})
+
+
+def with_damping(metric, damping):
+    return replace(metric, parts=tuple(replace(part, damping=damping) for part in metric.parts))
 
 
 def spread_matrix(generator, dim, decades):
@@ -40,6 +46,8 @@ def spread_matrix(generator, dim, decades):
 
 def assert_same_bits(actual, expected):
     assert (actual.damping, actual.attributes) == (expected.damping, expected.attributes)
+    assert actual.layers == expected.layers
+    assert actual.fingerprint == expected.fingerprint
     assert list(actual.bases) == list(expected.bases)
     for name, basis in expected.bases.items():
         for part in ("inputs", "outputs", "pairs"):
@@ -70,13 +78,13 @@ def test_a_metric_saved_in_s3_comes_back_with_the_same_bits(fitted, s3_url):
 
 def test_what_is_not_a_metric_is_refused(fitted, tmp_path):
     metric, _ = fitted
-    arrays = {"eigvals": metric.eigvals.numpy(), "eigvecs": metric.eigvecs.numpy(), **basis_arrays(metric.bases)}
-    kept = {"kind": "metric", "schema": 1, "blocks": list(metric.bases), "damping": metric.damping}
+    arrays, rest = metric.to_arrays()
+    kept = {"kind": "metric", "schema": 2, **rest}
     save_arrays(str(tmp_path / "metric"), arrays, kept)
     LowRankMetric.load(str(tmp_path / "metric"))
 
     save_arrays(str(tmp_path / "basis"), arrays, {**kept, "kind": "basis"})
-    save_arrays(str(tmp_path / "later"), arrays, {**kept, "schema": 2})
+    save_arrays(str(tmp_path / "later"), arrays, {**kept, "schema": 3})
     create_store(str(tmp_path / "features"), StoreSpec(4, 4, 4, "none", {"a": ArraySpec((), "int64", ("sample",))}, {}))
     (tmp_path / "metric" / "seal.json").unlink()
     for name in ("basis", "later", "features", "metric", "nothing"):
@@ -88,7 +96,7 @@ def test_what_is_not_a_metric_is_refused(fitted, tmp_path):
 @pytest.mark.parametrize("damping", [0.0, 0.5])
 def test_features_and_kernel_equal_the_dense_formula(fitted, dtype, tolerance, damping):
     metric, scores = fitted
-    metric = replace(metric, damping=damping * float(metric.eigvals.mean()))
+    metric = with_damping(metric, damping * float(metric.eigvals.mean()))
     scale = np.diag(1 / np.sqrt(metric.eigvals.numpy() + metric.damping))
     expected = scores.numpy() @ metric.eigvecs.numpy() @ scale
     scores = scores.to(dtype)
@@ -184,7 +192,7 @@ def test_the_undamped_kernel_does_not_change_under_a_reparametrisation_of_the_ne
         bases = whole_bases(model) if compression == "identity" else kronecker_bases(model, inputs, 43)
         metric, scores = fit(model, inputs, bases, 43, 0.0), compress(model, fresh, bases).flatten(0, 1)
         undamped.append(metric.kernel(scores, scores))
-        damped.append(replace(metric, damping=0.1 * float(metric.eigvals.mean())).kernel(scores, scores))
+        damped.append(with_damping(metric, 0.1 * float(metric.eigvals.mean())).kernel(scores, scores))
         ranks.append(metric.rank)
 
     # six directions shift all logits alike; a ReLU network has five more, one factor for each hidden unit
@@ -216,13 +224,13 @@ def test_features_of_the_fitting_samples_have_the_expected_root_mean_square():
 
 def test_the_whitening_matrix_is_made_once_for_each_dtype(fitted, monkeypatch):
     metric, scores = fitted
-    made, whitening = [], LowRankMetric.whitening.fget
-    monkeypatch.setattr(LowRankMetric, "whitening", property(lambda self: made.append(self) or whitening(self)))
+    made, whitening = [], Part.whitening.fget
+    monkeypatch.setattr(Part, "whitening", property(lambda self: made.append(self) or whitening(self)))
     for _ in range(3):
         metric.transform(scores)
         metric.transform(scores.float())
     assert len(made) == 2
-    replace(metric, damping=1.0).transform(scores)
+    with_damping(metric, 1.0).transform(scores)
     assert len(made) == 3
 
 
@@ -254,8 +262,8 @@ def test_metric_and_features_do_not_depend_on_the_order_of_the_samples(damping):
     scores, order = compress(model, inputs, bases), torch.randperm(30, generator=torch.Generator().manual_seed(0))
     results = []
     for rows in (torch.arange(30), order):
-        eigvals, eigvecs, chosen = decompose(fisher_sums(scores[rows], rows), 20, damping)
-        results.append(LowRankMetric(bases, eigvals, eigvecs, chosen, {}).transform(scores))
+        part = decompose(scores[rows], 20, damping, rows)
+        results.append(LowRankMetric(bases, (part,), (), {}).transform(scores))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-9)
 
 

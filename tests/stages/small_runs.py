@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def fit_metric(bench: Workbench) -> dict[str, Any]:
     units = planning.metric_units(bench.config, bench.facts)
     kronecker = [tasks.sum_kronecker(bench, unit, 1)[1] for unit in units]
     tasks.choose_basis(bench, *([merged(kronecker)] if bench.config.compression.kind == "kronecker" else []))
-    return tasks.fit_metric(bench, merged([tasks.sum_fisher(bench, unit, 1)[1] for unit in units]), fingerprints={})
+    sums = [tasks.sum_fisher(bench, unit, 1)[1] for unit in units]
+    return tasks.fit_metric(bench, reduce(partial(tasks.merge_fisher, bench), sums), fingerprints={})
 
 
 def write_features(bench: Workbench, name: str, split: str) -> list[Unit]:

@@ -29,7 +29,7 @@ def test_a_micro_batch_keeps_to_its_memory(labels, tmp_path):
         config = digits(tmp_path, f"scores.labels={labels}", f"runtime.memory_bytes={limit}")
         sizes.append(choose_micro_batch(config, engine, inputs[:1]))
         batch = Batch(inputs[: sizes[-1]], torch.zeros(sizes[-1]).long(), torch.arange(sizes[-1]))
-        assert peak_bytes(lambda batch=batch: kronecker_pass(engine, [batch], labels, 0)) <= limit
+        assert peak_bytes(lambda batch=batch: kronecker_pass(engine, engine.block_shapes, [batch], labels, 0)) <= limit
 
     assert sizes == sorted(sizes)
     assert 1 <= sizes[0] < sizes[-1] == 64

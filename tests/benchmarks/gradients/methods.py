@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional
 
-from fisher_ray.gradients import GradientBuffer, GradientSketch, KroneckerCompressor, ScoreEngine, random_bases
+from fisher_ray.gradients import Compressor, GradientBuffer, GradientSketch, ScoreEngine, random_bases
 from fisher_ray.metric import KroneckerSums, choose_bases
 from tests.benchmarks.gradients.workloads import Workload
 
@@ -45,7 +45,7 @@ def exact(work: Workload) -> Run:
 
 def projected(work: Workload) -> Run:
     engine = ScoreEngine(work.model)
-    compressor = KroneckerCompressor(random_bases(engine.blocks, work.width, 0), next(work.model.parameters()))
+    compressor = Compressor(random_bases(engine.blocks, work.width, 0), engine.blocks, next(work.model.parameters()))
     return lambda: compressor.compress(engine.of_labels(work.inputs, work.labels))
 
 
@@ -70,7 +70,7 @@ def all_classes_compressed(work: Workload) -> Run | None:
     for item in engine.all_classes(work.inputs).factors:
         item.add_moments(sums)
     bases = choose_bases(sums.to_arrays(), engine.block_shapes, KRONECKER_DIM)
-    compressor = KroneckerCompressor(bases, work.inputs)
+    compressor = Compressor(bases, engine.blocks, work.inputs)
     return lambda: compressor.compress(engine.all_classes(work.inputs))
 
 

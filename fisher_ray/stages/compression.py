@@ -1,0 +1,102 @@
+"""From the configuration and the factors' second moments to what compresses each layer's scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fisher_ray.config import CompressionConfig, MetricConfig
+from fisher_ray.errors import ConfigError
+from fisher_ray.gradients import Block, random_basis
+from fisher_ray.metric import Plans, choose_bases, plan_compression, sketches
+from fisher_ray.records import Compression
+
+
+def shapes_of(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
+    """Return ``(O, A)`` by layer, in the network's order."""
+    return {block.name: (block.num_outputs, block.num_inputs) for block in blocks}
+
+
+MAX_BYTES = 2**31
+"""What one of an estimator's arrays, or the metric's eigenvectors, may take."""
+
+
+def plan(compression: CompressionConfig, metric: MetricConfig, shapes: Mapping[str, tuple[int, int]]) -> Plans:
+    """Spread the coordinates over the layers, and see that the metric's matrices are not too large.
+
+    Raises:
+        ConfigError: if they are, or as :func:`fisher_ray.metric.plan_compression`.
+    """
+    plans = plan_compression(compression, shapes)
+    dim, size = plans.dim, metric.size or 2 * metric.rank
+    widths = {"exact": dim, "nystrom": min(size, dim), "frequent_directions": min(size, dim), "diagonal": 1}
+    if metric.structure == "block" and metric.estimator == "exact":
+        widths["exact"] = max(entry.dim or plans.shared for entry in plans.layers.values())
+    width = max(widths[metric.estimator], min(metric.rank, dim))
+    if 8 * dim * width > MAX_BYTES:
+        raise ConfigError(
+            f"compression gives {dim} coordinates: with metric.estimator {metric.estimator} and rank {metric.rank} the "
+            f"metric would hold a matrix of {dim} x {width} numbers, and {MAX_BYTES // 8} are allowed. Lower "
+            "compression.dim or metric.rank, give identity layers another kind, take another estimator or fewer "
+            "parameters (scores.parameters)."
+        )
+    return plans
+
+
+def choose_compression(
+    config: CompressionConfig, blocks: Sequence[Block], moments: dict[str, np.ndarray] | None, seed: int
+) -> dict[str, Compression]:
+    """Return what compresses each layer's scores, in the network's order; layers without coordinates are left out.
+
+    Args:
+        config: what is asked for.
+        blocks: of the engine.
+        moments: merged :class:`fisher_ray.metric.KroneckerSums` arrays, where a layer is of kind ``kronecker``.
+        seed: of random bases and sketches.
+
+    Raises:
+        ConfigError: as :func:`fisher_ray.metric.plan_compression`.
+        DataError: as :func:`fisher_ray.metric.choose_bases`.
+    """
+    shapes = shapes_of(blocks)
+    plans = plan_compression(config, shapes)
+    found: dict[str, Compression] = dict(sketches(plans, shapes, seed, config.share))
+    of_kind = {name: plan for name, plan in plans.layers.items() if plan.kind == "kronecker"}
+    if of_kind:
+        own = {name: plan.dim for name, plan in of_kind.items() if plan.dim is not None}
+        found |= choose_bases(moments or {}, {name: shapes[name] for name in of_kind}, plans.shared, own)
+    for block in blocks:
+        plan = plans.layers[block.name]
+        if plan.kind == "random" and plan.dim:
+            found[block.name] = random_basis(block, *_sides(plan.dim, *shapes[block.name]), seed)
+    return {name: found[name] for name in shapes if name in found}
+
+
+def stand_in(config: CompressionConfig, blocks: Sequence[Block]) -> dict[str, Compression]:
+    """Return a compression that takes about as much memory as the one that the data will choose.
+
+    A layer of kind ``kronecker`` gets as many columns on either side as if the coordinates of all of them were its own,
+    a quarter of its products kept.
+    """
+    shapes = shapes_of(blocks)
+    plans = plan_compression(config, shapes)
+    found: dict[str, Compression] = dict(sketches(plans, shapes, 0, config.share))
+    for block in blocks:
+        plan = plans.layers[block.name]
+        if plan.kind == "kronecker":
+            dim = plan.dim or plans.shared
+            basis = random_basis(block, 2 * math.isqrt(dim), 2 * math.isqrt(dim), 0)
+            found[block.name] = replace(basis, pairs=basis.pairs[: max(1, min(dim, len(basis.pairs) // 4))])
+        elif plan.kind == "random" and plan.dim:
+            found[block.name] = random_basis(block, *_sides(plan.dim, *shapes[block.name]), 0)
+    return found
+
+
+def _sides(dim: int, num_outputs: int, num_inputs: int) -> tuple[int, int]:
+    """Return columns of inputs and of outputs, as close to each other as the layer allows, of at most ``dim`` pairs."""
+    inputs = min(num_inputs, math.isqrt(dim))
+    outputs = min(num_outputs, dim // inputs)
+    return min(num_inputs, dim // outputs), outputs
