@@ -3,11 +3,15 @@
 from fisher_ray.metric.fisher import FisherSum, decompose, held_out_damping
 from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases, zero_sums
 from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
+from fisher_ray.metric.normalisation import Normalisation
+from fisher_ray.metric.ranges import RangeSum
 
 __all__ = [
     "FisherSum",
     "KroneckerSums",
     "LowRankMetric",
+    "Normalisation",
+    "RangeSum",
     "bases_from",
     "basis_arrays",
     "choose_bases",
