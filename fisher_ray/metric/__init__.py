@@ -6,6 +6,7 @@ from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_ba
 from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
 from fisher_ray.metric.normalisation import Normalisation
 from fisher_ray.metric.ranges import RangeSum
+from fisher_ray.metric.sparse import SparseMetric
 
 __all__ = [
     "ClassGapSum",
@@ -14,6 +15,7 @@ __all__ = [
     "LowRankMetric",
     "Normalisation",
     "RangeSum",
+    "SparseMetric",
     "bases_from",
     "basis_arrays",
     "choose_bases",
