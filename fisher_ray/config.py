@@ -118,6 +118,8 @@ class ScoresConfig(_Section):
 
     labels: Labels = "all"
     parameters: str = "*"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the network's forward and backward; weights, factors and all that is made of them are float32 in any case."""
 
 
 class LayerCompressionConfig(_Section):

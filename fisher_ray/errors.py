@@ -60,5 +60,9 @@ class StorageError(StoppedError):
     """Storage refused, vanished or is full; what was sealed stays readable."""
 
 
+class MemoryExhaustedError(StoppedError):
+    """A worker has not enough memory for one sample."""
+
+
 class WorkersLostError(StoppedError):
     """No worker could be had for ``runtime.wait_s`` seconds."""

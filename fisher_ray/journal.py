@@ -133,6 +133,11 @@ class Journal:
             self._clock()
             self._flush()
 
+    def total(self, what: str, key: str) -> int:
+        """Return the sum of ``key`` over the events ``what`` so far, those of earlier starts of the run included."""
+        events = (json.loads(line) for line in self._events)
+        return sum(int(event.get(key, 0)) for event in events if event.get("event") == what)
+
     def _clock(self) -> None:
         if self._running is not None:
             record, since = self._running

@@ -244,7 +244,8 @@ class _Run:
         skipped = {
             split: open_features(self._url(f"features/{name}.zarr")).skipped for name, split in FEATURE_STORES.items()
         }
-        results, details = report.summarise(self._config, stages, _versions(), skipped)
+        num_halvings = self._journal.total("unit done", "num_halvings")
+        results, details = report.summarise(self._config, stages, _versions(), skipped, num_halvings)
         details["config"] = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
         report.write_report(self._storage, results, details)
         return {"results": results}
@@ -289,6 +290,7 @@ class _Run:
             num_bytes=receipt.num_bytes,
             worker=receipt.worker,
             num_skipped=len(receipt.skipped),
+            num_halvings=receipt.num_halvings,
         )
 
     def _fingerprints(self) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class Receipt:
         num_bytes: bytes written.
         worker: host, process and device, as the worker puts them in.
         skipped: rows left out under ``data.on_error: skip``, with reasons.
+        num_halvings: how often a micro-batch was cut in two for want of memory.
     """
 
     unit: Unit
@@ -112,6 +113,7 @@ class Receipt:
     num_bytes: int = 0
     worker: str = ""
     skipped: dict[int, str] = field(default_factory=dict)
+    num_halvings: int = 0
 
 
 class Progress(Protocol):

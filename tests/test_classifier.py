@@ -179,6 +179,7 @@ def test_true_labels_give_the_empirical_fisher():
         ({"compression": "zip"}, "compression 'zip' is not one of kronecker, random, sketch, topk, identity"),
         ({"estimator": "best"}, "estimator 'best' is not one of exact, nystrom, frequent_directions, diagonal"),
         ({"structure": "layers"}, "structure 'layers' is not one of global, block, adjacent"),
+        ({"precision": "half"}, "precision 'half' is not one of float32, bfloat16, float16"),
         ({"dim": 0}, "dim 0"),
         ({"rank": -1}, "rank -1"),
         ({"damping": -0.5}, "damping -0.5"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fisher_ray
 from fisher_ray.errors import ModelError, RequestError
+from fisher_ray.gradients import Compressor, ScoreEngine
 from tests.gradients.zoo import Gpt, build
 
 NAMES = [
@@ -45,6 +48,33 @@ def test_the_features_kernel_is_the_damped_fisher_kernel_of_all_parameters(name,
     gradients = fisher_ray.class_scores(model, inputs)
     scores = torch.cat([value.flatten(2) for value in gradients.values()], dim=2) * probabilities.sqrt()[..., None]
     assert_same_kernel(fisher_ray.features(model, metric, inputs), damped_kernel(scores, metric.damping))
+
+
+def test_a_metric_is_used_in_the_precision_that_it_was_fitted_in(tmp_path):
+    model, inputs = build("transformer encoder", 12)
+    model, inputs = model.float(), inputs.float()
+    plain = fisher_ray.fit_metric(model, inputs, dim=16, damping=0.1)
+    metric = fisher_ray.fit_metric(model, inputs, dim=16, damping=0.1, precision="bfloat16")
+    assert (plain.attributes["precision"], metric.attributes["precision"]) == ("float32", "bfloat16")
+    metric.save(str(tmp_path / "metric.zarr"))
+    made = fisher_ray.features(model, fisher_ray.LowRankMetric.load(str(tmp_path / "metric.zarr")), inputs)
+
+    engine = ScoreEngine(model, precision=torch.bfloat16)
+    compressed = Compressor(metric.bases, engine.blocks, engine.like).compress(engine.all_classes(inputs))
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, metric.transform(compressed), rtol=0, atol=0)
+    exact = fisher_ray.features(model, replace(metric, attributes=plain.attributes), inputs)
+    assert 1e-4 < float((made - exact).norm() / exact.norm()) < 3e-2
+
+
+def test_a_network_in_half_precision_has_features_in_float32():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).bfloat16(), torch.randn(12, 5)
+    metric = fisher_ray.fit_metric(model, inputs, dim=16, damping=0.1)
+    made = fisher_ray.features(model, metric, inputs)
+    assert made.dtype == torch.float32
+    exact = fisher_ray.features(model.float(), metric, inputs)
+    assert 1e-4 < float((made - exact).norm() / exact.norm()) < 3e-2
 
 
 def test_regression_has_the_gauss_newton_metric():

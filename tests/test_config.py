@@ -55,6 +55,7 @@ def test_keys_left_out_take_the_documented_defaults():
     config = Config.from_dict(minimal())
 
     assert (config.scores.labels, config.compression.kind, config.metric.estimator) == ("all", "kronecker", "exact")
+    assert config.scores.precision == "float32"
     assert (config.store.dtype, config.store.codec, config.data.on_error) == ("float16", "none", "stop")
     assert (config.runtime.num_workers, config.runtime.max_attempts, config.runtime.wait_s) == ("auto", 3, 600.0)
 

@@ -21,6 +21,7 @@ EXIT_CODES = {
     "StoreError": 3,
     "StoppedError": 4,
     "StorageError": 4,
+    "MemoryExhaustedError": 4,
     "WorkersLostError": 4,
 }
 

@@ -113,6 +113,18 @@ def test_events_are_lines_that_go_on_after_a_resume(storage):
     assert all("time" in event for event in events)
 
 
+def test_numbers_of_events_add_up_over_all_starts_of_a_run(storage):
+    for name in ("base", "metric"):
+        journal = Journal.open(storage, FACTS)
+        with journal.stage(name):
+            journal.event("unit done", num_halvings=2)
+            journal.event("unit done", unit=1)
+            journal.event("note", num_halvings=100)
+
+    assert journal.total("unit done", "num_halvings") == 4
+    assert Journal.open(storage, FACTS).total("unit done", "num_skipped") == 0
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

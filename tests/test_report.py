@@ -222,6 +222,12 @@ def test_a_long_list_of_skipped_rows_is_cut_and_counted(tmp_path):
     assert "And 1,150 more." in text
 
 
+def test_batches_that_were_cut_for_want_of_memory_are_counted_where_there_were_any(tmp_path):
+    words = "Micro-batches cut for want of memory"
+    assert f"{words}: 1,250." in Outline(page(tmp_path, details={**DETAILS, "num_halvings": 1250})).text
+    assert words not in Outline(page(tmp_path, details={**DETAILS, "num_halvings": 0})).text
+
+
 def test_the_table_shows_the_same_in_the_terminal():
     text = printed(RESULTS)
     for expected in ("base network", "61.3 %", "+8.6", "69.0 – 70.8 %", "10,000 clean test samples"):

@@ -34,7 +34,7 @@ def stages(**replaced):
 
 
 def test_results_are_what_the_stages_counted_and_took():
-    results, details = summarise(Config.from_dict(minimal()), stages(), {"python": "3"}, {"test": {7: "torn"}})
+    results, details = summarise(Config.from_dict(minimal()), stages(), {"python": "3"}, {"test": {7: "torn"}}, 2)
 
     assert results["accuracy"] == {
         "base": 0.6,
@@ -50,6 +50,7 @@ def test_results_are_what_the_stages_counted_and_took():
     assert details["skipped"] == [{"split": "test", "row": 7, "reason": "torn"}]
     assert details["environment"]["python"] == "3"
     assert details["metric"] == {"trace": 3.0}
+    assert details["num_halvings"] == 2
 
 
 def test_the_verdict_names_the_best_probe_and_says_what_is_worse():

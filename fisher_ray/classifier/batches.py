@@ -70,11 +70,15 @@ def check_data(data: Any) -> None:
 
 
 def as_batch(inputs: Tensor, labels: Tensor | None, like: Tensor, start: int = 0) -> Batch:
-    """Return a batch of rows numbered from ``start``, on the device of ``like`` and, unless integers, in its dtype."""
+    """Return a batch of rows numbered from ``start``, on the device of ``like`` and, unless integers, in its dtype.
+
+    Labels that are no integers are float32 at least.
+    """
     index = torch.arange(start, start + len(inputs))
     labels = torch.zeros(len(inputs), dtype=torch.int64) if labels is None else labels
     labels = labels if labels.is_floating_point() else labels.long()
-    return Batch(to_like(inputs, like), to_like(labels, like), index)
+    targets = to_like(labels, like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32)))
+    return Batch(to_like(inputs, like), targets, index)
 
 
 def to_like(value: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fisher_ray.classifier.batches import MICRO_BATCH, as_batch
 from fisher_ray.errors import RequestError
-from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of
+from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of, precision_of
 from fisher_ray.metric import LowRankMetric
 from fisher_ray.stages.passes import batch_features
 
@@ -38,11 +38,13 @@ class FeatureMap:
             raise RequestError(
                 "features are of the scores of all targets, which a likelihood of your own does not give"
             )
-        self._engine = ScoreEngine(model, metric.attributes.get("parameters", "*"), likelihood_of(likelihood))
-        self._compressor(next(model.parameters()))  # refuses another network
+        precision = precision_of(metric.attributes.get("precision", "float32"))
+        parameters = metric.attributes.get("parameters", "*")
+        self._engine = ScoreEngine(model, parameters, likelihood_of(likelihood), precision)
+        self._compressor()  # refuses another network
 
-    def _compressor(self, like: Tensor) -> Compressor:
-        return Compressor(self._metric.bases, self._engine.blocks, like)
+    def _compressor(self) -> Compressor:
+        return Compressor(self._metric.bases, self._engine.blocks, self._engine.like)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.
@@ -61,7 +63,7 @@ class FeatureMap:
 
     def _features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         like = next(self._engine.model.parameters())
-        compressor = self._compressor(like)
+        compressor = self._compressor()
         blocks = [
             batch_features(
                 self._engine,

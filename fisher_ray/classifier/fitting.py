@@ -17,7 +17,7 @@ from fisher_ray.classifier.feature_map import CUSTOM, FeatureMap
 from fisher_ray.config import CompressionConfig, Kind, LinearConfig, MetricConfig
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of
+from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of, precision_of
 from fisher_ray.linear import GramSum, LinearWeights, best_penalty, fit_temperature, ridge_path
 from fisher_ray.linear.ridge import check_penalties
 from fisher_ray.metric import FisherSum, LowRankMetric, plan_compression
@@ -58,6 +58,7 @@ def fit_metric(
     damping: float | Literal["auto"] | Mapping[str, float] = "auto",
     draws: int = 1,
     centered: bool = False,
+    precision: Literal["float32", "bfloat16", "float16"] = "float32",
     seed: int = 0,
 ) -> LowRankMetric:
     """Fit a low-rank Fisher metric of ``model`` on ``data``, in this process; ``data`` is read once or twice.
@@ -83,6 +84,8 @@ def fit_metric(
             :func:`fisher_ray.metric.held_out_damping`.
         draws: labels drawn for each sample, where they are drawn.
         centered: whether the mean score's outer product is subtracted.
+        precision: of the network's forward and backward, here and where the metric is used; half precisions by
+            autocast. Under ``float32`` a network keeps its own dtypes.
         seed: of drawn labels, random compressions and sketches.
 
     Returns:
@@ -96,8 +99,8 @@ def fit_metric(
     _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
     _check_numbers(dim, rank, damping)
     check_data(data)
-    engine, like = ScoreEngine(model, parameters, likelihood_of(likelihood)), next(model.parameters())
-    shapes = engine.block_shapes
+    engine = ScoreEngine(model, parameters, likelihood_of(likelihood), precision_of(precision))
+    like, shapes = next(model.parameters()), engine.block_shapes
     compressing = CompressionConfig.checked({"kind": compression, "dim": dim, "layers": layers or {}, "share": share})
     rank = rank or plan_compression(compressing, shapes).dim
     options = {"rank": rank, "size": size, "damping": damping, "draws": draws, "centered": centered}
@@ -105,18 +108,19 @@ def fit_metric(
     moments, plans = None, plan(compressing, settings, shapes)
     if plans.with_moments:
         read = batches(data, labels, like, likelihood)
-        moments = kronecker_pass(engine, plans.with_moments, read, labels, seed, _refuse_row, draws)
+        moments = kronecker_pass(engine, plans.with_moments, read, labels, seed, _refuse_row, draws=draws)
     bases = choose_compression(compressing, engine.blocks, moments, seed)
     sums = FisherSum(settings, {name: basis.dim for name, basis in bases.items()}, seed)
-    compressor, read = Compressor(bases, engine.blocks, like), batches(data, labels, like, likelihood)
-    arrays = fisher_pass(engine, compressor, sums, read, labels, seed, _refuse_row, draws)
-    attributes = {"labels": labels, "parameters": engine.selection, "estimator": estimator, "structure": structure}
+    compressor, read = Compressor(bases, engine.blocks, engine.like), batches(data, labels, like, likelihood)
+    arrays = fisher_pass(engine, compressor, sums, read, labels, seed, _refuse_row, draws=draws)
+    attributes: dict[str, Any] = {"labels": labels, "parameters": engine.selection, "precision": precision}
+    attributes |= {"estimator": estimator, "structure": structure}
     attributes["likelihood"] = likelihood if isinstance(likelihood, str) else CUSTOM
     return LowRankMetric(bases, *sums.decompose(arrays), attributes)
 
 
 def features(model: nn.Module, metric: LowRankMetric, inputs: Tensor) -> Tensor:
-    """Return the whitened features of all classes, ``(B, C, R)``, in the network's dtype.
+    """Return the whitened features of all classes, ``(B, C, R)``: float32, or float64 if the network is.
 
     Args:
         model: the network that ``metric`` was fitted on.

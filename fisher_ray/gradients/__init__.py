@@ -8,8 +8,9 @@ from fisher_ray.gradients.forming import Scores, form_gradients
 from fisher_ray.gradients.labels import draw_labels, keyed_uniform
 from fisher_ray.gradients.largest import LargestEntries
 from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax, likelihood_of
-from fisher_ray.gradients.memory import peak_bytes
+from fisher_ray.gradients.memory import is_out_of_memory, peak_bytes
 from fisher_ray.gradients.norms import square_norms
+from fisher_ray.gradients.precision import precision_of
 from fisher_ray.gradients.scores import ScoreEngine, class_scores, per_sample_gradients
 from fisher_ray.gradients.sketch import GradientSketch
 
@@ -31,10 +32,12 @@ __all__ = [
     "class_scores",
     "draw_labels",
     "form_gradients",
+    "is_out_of_memory",
     "keyed_uniform",
     "likelihood_of",
     "peak_bytes",
     "per_sample_gradients",
+    "precision_of",
     "random_bases",
     "random_basis",
     "square_norms",

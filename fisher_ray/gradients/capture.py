@@ -19,7 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.layers import Layer, Part
-from fisher_ray.gradients.outputs import Inputs, call, main_output
+from fisher_ray.gradients.outputs import Inputs, main_output
+from fisher_ray.gradients.precision import Precision
 
 Sharing = Literal["expand", "stack", "none"]
 """How to repeat what all samples share: along a first axis of one entry if there is one, or along a new first axis."""
@@ -132,9 +133,9 @@ class Trace:
     """What one forward pass left behind.
 
     Attributes:
-        output: what the likelihood is of, attached to the graph.
+        output: what the likelihood is of, in the factors' dtype, attached to the graph.
         calls: in the order of the forward pass.
-        hidden: ``(B, H)``, the last layer's input if the output is a Linear's, else None.
+        hidden: ``(B, H)``, the last layer's input if the output is a Linear's, in the same dtype, else None.
     """
 
     output: Tensor
@@ -143,7 +144,7 @@ class Trace:
 
 
 @contextmanager
-def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int) -> Iterator[Trace]:
+def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int, precision: Precision) -> Iterator[Trace]:
     """Run ``model`` on ``batch`` samples and keep the calls of ``sites``; take gradients inside the context.
 
     Raises:
@@ -164,11 +165,12 @@ def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int) -> Iterato
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_hook(keeper.keep_hidden).remove)
         with torch.enable_grad():
-            output = main_output(call(model, inputs))
+            output = precision.output(model, inputs)
+            widened = precision.widened(output)
         keeper.recording = False  # activation checkpointing calls modules again in the backward
         keeper.check()
         hidden = next((value for value, made in keeper.linear_calls if made is output and value.ndim == 2), None)
-        yield Trace(output, keeper.calls, hidden)
+        yield Trace(widened, keeper.calls, None if hidden is None else precision.widened(hidden))
 
 
 class _Keeper:

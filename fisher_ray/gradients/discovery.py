@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.capture import Axis, Layout, Sharing, Site, Sites, for_each, frozen
+from fisher_ray.gradients.memory import is_out_of_memory
 from fisher_ray.gradients.network import Parameters
-from fisher_ray.gradients.outputs import Inputs, call, main_output, rows
+from fisher_ray.gradients.outputs import Inputs, main_output, rows
+from fisher_ray.gradients.precision import Precision
 
 SIZES = (2, 3)
 """How many samples the network is looked at with."""
@@ -59,7 +61,7 @@ class _Watch(TorchFunctionMode):
         return found
 
 
-def discover(model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Sharing) -> Sites:
+def discover(model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Sharing, precision: Precision) -> Sites:
     """Return the modules whose calls give the gradients of the chosen parameters.
 
     Args:
@@ -67,16 +69,19 @@ def discover(model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Shar
         inputs: of at least one sample.
         chosen: its parameters.
         sharing: how the results of layers that do not see the samples are repeated for each of them.
+        precision: what the network is run in.
 
     Raises:
         ModelError: if a parameter's gradient cannot be had.
     """
-    return _Discovery(model, inputs, chosen, sharing).sites()
+    return _Discovery(model, inputs, chosen, sharing, precision).sites()
 
 
 class _Discovery:
-    def __init__(self, model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Sharing) -> None:
-        self._model, self._inputs, self._sharing = model, inputs, sharing
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, chosen: Parameters, sharing: Sharing, precision: Precision
+    ) -> None:
+        self._model, self._inputs, self._sharing, self._precision = model, inputs, sharing, precision
         self._layers, self._parts = chosen.layers, chosen.parts
         self._blocks: dict[str, list[Block]] = defaultdict(list)  # by parameter
         for block in chosen.blocks:
@@ -96,6 +101,8 @@ class _Discovery:
             try:
                 small, large = self._share(small, large)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if is_out_of_memory(error):
+                    raise
                 raise ModelError(f"what its samples share cannot be repeated for each of them: {error}") from error
         inputs, outputs = (any(t._version != v for t, v in kept) for kept in (small.inputs, small.outputs))
         return Sites(tuple(self._place(small, large)), inputs, outputs)
@@ -112,14 +119,23 @@ class _Discovery:
                 break
             self._shared |= found
             small, large = self._runs()
-        if not _same(small.output, plain):
+        if not self._same(small.output, plain):
             raise ModelError("the network's output changes if what its samples share is repeated for each of them")
         return small, large
+
+    def _same(self, output: Tensor | None, other: Tensor | None) -> bool:
+        if output is None or other is None or output.shape != other.shape:
+            return False
+        one, two = self._precision.widened(output), self._precision.widened(other)
+        if self._precision.coarsest == self._precision.factors:
+            return torch.allclose(one, two, equal_nan=True)
+        most = self._precision.tolerance * float(one.nan_to_num().abs().max())
+        return torch.allclose(one, two, rtol=0.0, atol=most, equal_nan=True)
 
     def _run(self, size: int, before: _Seen | None = None) -> _Seen:
         seen, stack = _Seen(), list[str]()
         with frozen(self._model), torch.no_grad(), self._watched(stack, seen, size), _Watch(self._names, stack, seen):
-            output = main_output(call(self._model, rows(self._inputs, torch.zeros(size, dtype=torch.long))))
+            output = self._precision.output(self._model, rows(self._inputs, torch.zeros(size, dtype=torch.long)))
         seen.output = output
         if not output.ndim or len(output) != size:
             raise ModelError(
@@ -236,15 +252,6 @@ class _Discovery:
 
 def _versions(leaves: list[Any]) -> list[tuple[Tensor, int]]:
     return [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _same(output: Tensor | None, other: Tensor | None) -> bool:
-    return (
-        output is not None
-        and other is not None
-        and output.shape == other.shape
-        and torch.allclose(output, other, equal_nan=True)
-    )
 
 
 def _aware(layouts: tuple[Layout, ...]) -> bool:

@@ -13,6 +13,7 @@ from fisher_ray.gradients.blocks import Block, Piece
 from fisher_ray.gradients.factors import AffineFactors, LinearInput, TokenFactors
 from fisher_ray.gradients.formation import Workspace, form_chunks, outer
 from fisher_ray.gradients.forming import Scores
+from fisher_ray.gradients.precision import Precision
 
 
 class GradientBuffer:
@@ -40,7 +41,8 @@ class GradientBuffer:
                 self.offsets[name] = self.num_parameters
                 self.num_parameters += parameter.numel()
                 like: Tensor = parameter
-        self._buffer = torch.empty(max_batch, num_scores, self.num_parameters, dtype=like.dtype, device=like.device)
+        shape, dtype = (max_batch, num_scores, self.num_parameters), Precision.of(model).factors
+        self._buffer = torch.empty(shape, dtype=dtype, device=like.device)
         self._workspace = Workspace(self._buffer)
 
     def fill(self, scores: Scores) -> Tensor:

@@ -16,8 +16,8 @@ class Scores:
     """Scores of one batch, as factors.
 
     Attributes:
-        logits: the network's output ``(B, ...)``, detached.
-        hidden: the last layer's input ``(B, H)``, or None.
+        logits: the network's output ``(B, ...)``, detached, in the factors' dtype.
+        hidden: the last layer's input ``(B, H)``, in the same dtype, or None.
         num_scores: ``S``.
         factors: of every call of every block; a block that the batch does not reach has none.
     """

@@ -21,15 +21,21 @@ from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.capture import Call
 from fisher_ray.gradients.factors import FormedFactors
+from fisher_ray.gradients.memory import is_out_of_memory
 from fisher_ray.gradients.outputs import main_output
+from fisher_ray.gradients.precision import Precision, multiplied
 
 
-def formed_factors(call: Call, deltas: list[Tensor | None]) -> list[FormedFactors]:
+def formed_factors(
+    call: Call, deltas: list[Tensor | None], precision: Precision, scales: Tensor | None
+) -> list[FormedFactors]:
     """Return the gradients of a site's ``parameters`` from one of its calls.
 
     Args:
         call: the call.
         deltas: the gradients at its outputs, ``(S, ...)``, None where the network does not depend on one.
+        precision: what the module is run in, as the network was.
+        scales: what to multiply by, ``(S, B)``, if anything.
 
     Raises:
         ModelError: if the module cannot be vectorised.
@@ -47,17 +53,19 @@ def formed_factors(call: Call, deltas: list[Tensor | None]) -> list[FormedFactor
     ]
     reached = [delta is not None for delta in deltas]
     try:
-        with _vectorising(), _restoring(site.module):
+        with _vectorising(), _restoring(site.module), precision.around(site.module):
             gradients = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(samples, pulled)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise ModelError(
             f"layer {site.name!r} ({type(site.module).__name__}) has no gradient formula and cannot be vectorised over "
             f"samples: {reason} Leave its parameters ({', '.join(site.parameters)}) out with scores.parameters."
         ) from error
-    return [FormedFactors(block, _joined(block, site.parameters, gradients)) for block in site.blocks]
+    scales = None if scales is None else scales.T
+    found = {name: multiplied(precision.widened(value), scales) for name, value in gradients.items()}
+    return [FormedFactors(block, _joined(block, site.parameters, found)) for block in site.blocks]
 
 
 @contextmanager

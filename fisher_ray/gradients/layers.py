@@ -228,10 +228,11 @@ def _normalised(module: nn.Module, value: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return functional.group_norm(value, module.num_groups, eps=module.eps)
     norm = cast(nn.modules.batchnorm._NormBase, module)
+    mean, variance = (None if kept is None else kept.to(value) for kept in (norm.running_mean, norm.running_var))
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         own = norm.training or not norm.track_running_stats
-        return functional.instance_norm(value, norm.running_mean, norm.running_var, use_input_stats=own, eps=norm.eps)
-    return functional.batch_norm(value, norm.running_mean, norm.running_var, training=False, eps=norm.eps)
+        return functional.instance_norm(value, mean, variance, use_input_stats=own, eps=norm.eps)
+    return functional.batch_norm(value, mean, variance, training=False, eps=norm.eps)
 
 
 _KINDS: dict[type[nn.Module], type[Layer]] = {

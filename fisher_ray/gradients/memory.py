@@ -1,4 +1,7 @@
-"""How many bytes of tensors a computation holds at once, counted and not measured: the same on every machine."""
+"""How many bytes of tensors a computation holds at once, counted and not measured: the same on every machine.
+
+And whether an error says that there were too few.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+"""Of the errors for want of memory for which torch has no class: on the CPU, and of libraries on a GPU."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or a library that it calls, could not get memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 class _Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

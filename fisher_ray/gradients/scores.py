@@ -20,6 +20,7 @@ from fisher_ray.gradients.general import formed_factors
 from fisher_ray.gradients.likelihood import Likelihood, Softmax
 from fisher_ray.gradients.network import choose_parameters
 from fisher_ray.gradients.outputs import Inputs, outside_inference, pull_back, rows, signature, tensors
+from fisher_ray.gradients.precision import Precision, multiplied
 from fisher_ray.gradients.verification import verify
 
 FIRST = Axis(0, 1)
@@ -35,27 +36,38 @@ class ScoreEngine:
     factors add up to is compared with a plain backward pass (:mod:`fisher_ray.gradients.verification`).
 
     Args:
-        model: the network, whose rows must not depend on each other.
+        model: the network, whose rows must not depend on each other, with the dtypes that it has now.
         parameters: glob over parameter names, or the names. By a glob, frozen parameters are left out, unless all are.
         likelihood: what the output says of a target; by default, logits of classes.
+        precision: ``torch.bfloat16`` or ``torch.float16`` to run the network's forward and backward under autocast;
+            None for its own dtypes, whatever autocast there is outside. Weights stay as they are, and factors, logits,
+            cotangents and all that is made of them are float32 (float64, if the network has parameters of it).
 
     Attributes:
         model: the network.
         likelihood: as given.
         blocks: in the network's order.
         parameters: the names of the parameters whose gradients are taken.
+        precision: the network's.
 
     Raises:
-        ModelError: see :func:`fisher_ray.gradients.network.choose_parameters`.
+        ModelError: see :func:`fisher_ray.gradients.network.choose_parameters`; or if a half precision is asked for of
+            a float64 network.
+        RequestError: if ``precision`` is another dtype.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: str | Collection[str] = "*", likelihood: Likelihood | None = None
+        self,
+        model: nn.Module,
+        parameters: str | Collection[str] = "*",
+        likelihood: Likelihood | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         """See the class."""
         self.model, self.likelihood = model, likelihood or Softmax()
         self._chosen, self._asked = choose_parameters(model, parameters), parameters
         self.blocks, self.parameters = self._chosen.blocks, self._chosen.names
+        self.precision = Precision.of(model, precision)
         self._ways: dict[tuple[Any, ...], _Way] = {}
 
     @property
@@ -68,6 +80,21 @@ class ScoreEngine:
         """What chooses the same parameters in another copy of the network, whatever is frozen there."""
         matching = [name for name, _ in self.model.named_parameters() if fnmatchcase(name, str(self._asked))]
         return str(self._asked) if matching == self.parameters else self.parameters
+
+    @property
+    def like(self) -> Tensor:
+        """A number with the factors' dtype on the network's device, for what is made to compute with them."""
+        device = next(self.model.parameters()).device
+        return torch.zeros((), dtype=self.precision.factors, device=device)
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """Return the network's output ``(B, ...)`` in the factors' dtype, without a graph.
+
+        Raises:
+            ModelError: if no likelihood can be of it.
+        """
+        with torch.no_grad():
+            return self.precision.widened(self.precision.output(self.model, inputs))
 
     def all_classes(self, inputs: Inputs, *, weighted: bool = True) -> Scores:
         """Scores of all targets by one batched backward: of all ``C`` classes, weighted by ``√p_c`` if ``weighted``.
@@ -117,7 +144,7 @@ class ScoreEngine:
         return self._scores(inputs, start)
 
     def _scores(self, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self.precision.outside(self.model):
             inputs = outside_inference(inputs)
             return self._compute(self._way(inputs).sites, inputs, start)
 
@@ -132,8 +159,9 @@ class ScoreEngine:
         for sharing in sharings:
             try:
                 if way is None or way.sharing != sharing:
-                    way = _Way(sharing, discover(self.model, inputs, self._chosen, sharing))
-                way.add(min(batch, 2), verify(self.model, sample, self.blocks, partial(self._compute, way.sites)))
+                    way = _Way(sharing, discover(self.model, inputs, self._chosen, sharing, self.precision))
+                compute = partial(self._compute, way.sites)
+                way.add(min(batch, 2), verify(self.model, sample, self.blocks, compute, self.precision))
             except ModelError:
                 if sharing == SHARINGS[-1] or (way is not None and way.sharing == sharing and not way.sites.any_shared):
                     raise
@@ -144,15 +172,16 @@ class ScoreEngine:
 
     def _compute(self, sites: Sites, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
         batch = len(tensors(inputs)[0])
-        with trace(self.model, inputs, sites, batch) as run:
+        with trace(self.model, inputs, sites, batch, self.precision) as run:
             if len(run.output) != batch:
                 raise ModelError(f"the network's output is {tuple(run.output.shape)} for {batch} samples")
             self.likelihood.check(run.output)
-            cotangents = start(run.output.detach())
+            cotangents, scales = self.precision.rescaled(start(run.output.detach()))
             deltas = _backward(run, cotangents)
         with frozen(self.model):  # a module may use parameters that are not inside it
-            pairs = zip(run.calls, deltas, strict=True)
-            factors = [item for call, parts in pairs for item in _factors(call, parts, batch)]
+            factors: list[Factors] = []
+            while run.calls:  # what was in half precision goes as its factors come
+                factors += _factors(run.calls.pop(0), deltas.pop(0), batch, self.precision, scales)
         return Scores(run.output.detach(), run.hidden, len(cotangents), factors)
 
 
@@ -192,11 +221,13 @@ def _backward(run: Trace, cotangents: Tensor) -> list[list[Tensor | None]]:
     return [[d if d is None or batched else d[None] for d in parts] for parts in deltas]
 
 
-def _factors(call: Call, deltas: list[Tensor | None], batch: int) -> list[Factors]:
+def _factors(
+    call: Call, deltas: list[Tensor | None], batch: int, precision: Precision, scales: Tensor | None
+) -> list[Factors]:
     if all(delta is None for delta in deltas):  # the output does not depend on this call
         return []
     if call.site.layer is None:
-        return list(formed_factors(call, deltas))
+        return list(formed_factors(call, deltas, precision, scales))
     (delta,), (axis,) = deltas, call.layout.outputs
     if delta is None or axis is None:
         raise ModelError(f"layer {call.site.name!r} returns no tensor with a row for each sample")
@@ -206,10 +237,11 @@ def _factors(call: Call, deltas: list[Tensor | None], batch: int) -> list[Factor
         value, given = for_each(value, batch, call.layout.shared), FIRST
     if given is None:
         raise ModelError(f"layer {call.site.name!r} has an input without a row for each sample, and an output with one")
-    value, delta = given.outermost(value), axis.outermost(delta, 1)
+    value, delta = (precision.widened(part) for part in (given.outermost(value), axis.outermost(delta, 1)))
     if len(value) != batch or delta.shape[1] != batch:
         raise ModelError(f"layer {call.site.name!r} has {len(value)} rows for {batch} samples")
-    return [call.site.layer.factors(part, value.flatten(0, 1), delta) for part in call.site.parts]
+    value, delta = value.flatten(0, 1), multiplied(delta, scales)
+    return [call.site.layer.factors(part, value, delta) for part in call.site.parts]
 
 
 def per_sample_gradients(model: nn.Module, inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.forming import Scores, form_gradients
-from fisher_ray.gradients.outputs import Inputs, call, main_output, pull_back, rows, tensors
+from fisher_ray.gradients.outputs import Inputs, pull_back, rows, tensors
+from fisher_ray.gradients.precision import Precision
 
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
-"""How far two gradients may be apart, relative to the larger one's norm; for half precision 0.1."""
-SMALL = 0.01
-"""Gradients that are smaller than this share of the largest are measured against this share: they may be rounding."""
 Start = Callable[[Tensor], Tensor]
 Compute = Callable[[Inputs, Start], Scores]
 
 
-def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: Compute) -> set[str]:
+def verify(
+    model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: Compute, precision: Precision
+) -> set[str]:
     """Compare the sum of the samples' gradients with a plain backward, and each sample's with its own by itself.
 
     Args:
@@ -29,6 +28,7 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
         inputs: of one or two samples.
         blocks: of the parameters whose gradients are taken.
         compute: makes scores from inputs and a function from the output to the cotangents ``(1, B, ...)``.
+        precision: of both; it says how far apart they may be.
 
     Returns:
         The parameters whose gradients are finite and not zero, so that comparing them says something.
@@ -38,7 +38,7 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
     """
     every = torch.arange(len(tensors(inputs)[0]))
     cotangents, plain = _plain(
-        model, rows(inputs, every), {piece.parameter for block in blocks for piece in block.pieces}
+        model, rows(inputs, every), {piece.parameter for block in blocks for piece in block.pieces}, precision
     )
 
     def gradients(part: Tensor) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
         return {name: value[:, 0] for name, value in form_gradients(blocks, model, scores).items()}
 
     together = gradients(every)
-    if name := _different({name: value.sum(0) for name, value in together.items()}, plain):
+    if name := _different({name: value.sum(0) for name, value in together.items()}, plain, precision):
         raise ModelError(
             f"the gradients of parameter {name!r} do not add up to those of a plain backward pass: the network's "
             "output depends on chance, or it uses the parameter in a way that is not supported (leave it out with "
@@ -55,7 +55,7 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
     for row in range(len(every) if len(every) > 1 else 0):
         alone = gradients(every[row : row + 1])
         mine = {name: value[row] for name, value in together.items()}
-        if name := _different(mine, {name: value[0] for name, value in alone.items()}):
+        if name := _different(mine, {name: value[0] for name, value in alone.items()}, precision):
             raise ModelError(
                 f"the gradient of parameter {name!r} for a sample depends on the other samples of its batch: look for "
                 "batch statistics in the network, or for samples that are not on the first axis of its output"
@@ -63,18 +63,18 @@ def verify(model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: C
     return {name for name, value in plain.items() if 0 < float(value.norm()) < float("inf")}
 
 
-def _plain(model: nn.Module, inputs: Inputs, names: set[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def _plain(model: nn.Module, inputs: Inputs, names: set[str], precision: Precision) -> tuple[Tensor, dict[str, Tensor]]:
     """Return random cotangents, and the parameters' gradients from them."""
     parameters = {name: value for name, value in model.named_parameters() if name in names}
     with _requiring(list(parameters.values())), torch.enable_grad():
-        output = main_output(call(model, inputs))
+        output = precision.widened(precision.output(model, inputs))
         generator = torch.Generator().manual_seed(0)
         cotangents = torch.randn(output.shape, generator=generator).to(output)
         found: Sequence[Tensor | None] = [None] * len(parameters)
         if output.requires_grad:
             found = pull_back(output, list(parameters.values()), cotangents)
     return cotangents, {
-        name: torch.zeros_like(value) if gradient is None else gradient.detach()
+        name: precision.widened(torch.zeros_like(value) if gradient is None else gradient.detach())
         for (name, value), gradient in zip(parameters.items(), found, strict=True)
     }
 
@@ -91,12 +91,12 @@ def _requiring(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _different(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
+def _different(one: dict[str, Tensor], other: dict[str, Tensor], precision: Precision) -> str | None:
     """Return the first parameter whose gradients differ by more than rounding, if there is one."""
     sizes = {name: max(float(value.norm()), float(other[name].norm())) for name, value in one.items()}
-    least = SMALL * max(sizes.values(), default=0.0)
+    least = precision.small * max(sizes.values(), default=0.0)
     for name, value in one.items():
-        tolerance = TOLERANCE.get(value.dtype, 0.1) * max(sizes[name], least)
+        tolerance = precision.tolerance * max(sizes[name], least)
         if tolerance < float("inf") and float((value - other[name]).norm()) > tolerance:
             return name
     return None

@@ -62,7 +62,7 @@ def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[
         details: what only the page shows; every key may be missing or empty: ``metric`` (what
             :meth:`fisher_ray.metric.LowRankMetric.summary` returns), ``path`` (of ``penalty``, ``accuracy``),
             ``seconds`` by stage, ``config`` (text), ``layers`` (of ``name``, ``coordinates``, ``shape``), ``skipped``
-            (of ``split``, ``row``, ``reason``), ``intervals`` by model, ``verdict``, ``environment``.
+            (of ``split``, ``row``, ``reason``), ``num_halvings``, ``intervals`` by model, ``verdict``, ``environment``.
 
     Raises:
         ValueError: if a result is NaN or infinite, which JSON cannot hold.
@@ -137,6 +137,8 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         for name, value in _stages(results, details).items()
     ]
     parts = [f"<p>The linear model has {results['num_features']:,} features a sample.</p>"]
+    if details.get("num_halvings"):
+        parts.append(f"<p>Micro-batches cut for want of memory: {details['num_halvings']:,}.</p>")
     if rows:
         parts.append(_table(("stage", "wall time", "samples per second"), rows, "Stages", kind="numbers"))
     metric = details.get("metric") or {}

@@ -16,7 +16,11 @@ _SHARED = {"metric": ("basis", "metric"), "features": ("features/train", "featur
 
 
 def summarise(
-    config: Config, stages: Stages, versions: Mapping[str, str], skipped: Mapping[str, Mapping[int, str]]
+    config: Config,
+    stages: Stages,
+    versions: Mapping[str, str],
+    skipped: Mapping[str, Mapping[int, str]],
+    num_halvings: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of ``results.json``, and the details for the page.
 
@@ -26,6 +30,7 @@ def summarise(
             missing.
         versions: of Python and the packages.
         skipped: by split, the rows left out with their reasons.
+        num_halvings: how often a micro-batch was cut for want of memory.
     """
     counts, metric, linear = (stages[name]["result"] for name in ("report", "metric", "linear"))
     accuracy: dict[str, float | None] = dict.fromkeys(
@@ -61,6 +66,7 @@ def summarise(
             for split, rows in skipped.items()
             for row, reason in sorted(rows.items())
         ],
+        "num_halvings": num_halvings,
         "environment": {**versions, "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}"},
     }
     return results, details

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from fisher_ray.gradients import Compressor, ScoreEngine, Scores, square_norms
 from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric
 from fisher_ray.records import Batch
 from fisher_ray.stages.facts import Facts
+from fisher_ray.stages.halving import Halvings
 from fisher_ray.store import ArraySpec, StoreSpec
 
 STORED_RMS = 16.0
@@ -27,7 +29,7 @@ NUM_WHOLE = 8
 
 Made = TypeVar("Made")
 Drop = Callable[[int], None]
-"""Told of a row whose sample cannot be used; may raise."""
+"""Told, once or more, of a row whose sample cannot be used; may raise."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,25 @@ def kronecker_pass(
     labels: str,
     seed: int,
     drop: Drop | None = None,
+    halvings: Halvings | None = None,
     draws: int = 1,
 ) -> dict[str, np.ndarray]:
-    """Sum the second moments of the factors of ``layers`` over ``batches``."""
-    sums = KroneckerSums()
-    for batch in batches:
-        found = _usable(batch, lambda part: batch_scores(engine, part, labels, seed, draws), _finite_factors, drop)
+    """Sum the second moments of the factors of ``layers`` over ``batches``.
+
+    ``halvings`` counts the micro-batches that are cut for want of memory.
+    """
+    sums, halvings = KroneckerSums(), halvings or Halvings()
+
+    def scores_of(part: Batch) -> tuple[Batch, Scores] | None:
+        return _usable(part, lambda some: batch_scores(engine, some, labels, seed, draws), _finite_factors, drop)
+
+    def add(found: tuple[Batch, Scores] | None) -> None:
         for item in found[1].factors if found else ():
             if item.block.name in layers:
                 item.add_moments(sums)
+
+    for batch in batches:
+        halvings.each(batch, scores_of, add)
     return sums.to_arrays()
 
 
@@ -93,26 +105,32 @@ def fisher_pass(
     labels: str,
     seed: int,
     drop: Drop | None = None,
+    halvings: Halvings | None = None,
     draws: int = 1,
 ) -> dict[str, np.ndarray]:
     """Add ``batches`` to the sum of the Fisher in compressed coordinates, and return its arrays.
 
     The whole gradients of the first few samples are formed too, layer by layer, to see what the compression leaves out.
+    ``halvings`` as in :func:`kronecker_pass`.
     """
-    seen = False
+    halvings, num_whole = halvings or Halvings(), 0
 
     def compressed(part: Batch) -> Tensor:
         return compressor.compress(batch_scores(engine, part, labels, seed, draws))
 
+    def add(found: tuple[Batch, Tensor] | None) -> None:
+        nonlocal num_whole
+        if found is None:
+            return
+        kept, values = found
+        sums.add(values, kept.index)
+        if not num_whole:
+            few = Batch(kept.inputs[:NUM_WHOLE], kept.labels[:NUM_WHOLE], kept.index[:NUM_WHOLE])
+            sums.add_norms(values[:NUM_WHOLE], square_norms(batch_scores(engine, few, labels, seed, draws)))
+            num_whole = len(few.inputs)
+
     for batch in batches:
-        if found := _usable(batch, compressed, _finite_rows, drop):
-            kept, values = found
-            sums.add(values, kept.index)
-            if not seen:
-                few = Batch(kept.inputs[:NUM_WHOLE], kept.labels[:NUM_WHOLE], kept.index[:NUM_WHOLE])
-                norms = square_norms(batch_scores(engine, few, labels, seed, draws))
-                sums.add_norms(values[:NUM_WHOLE], norms)
-                seen = True
+        halvings.each(batch, lambda part: _usable(part, compressed, _finite_rows, drop), add)
     return sums.to_arrays()
 
 
@@ -158,6 +176,7 @@ def batch_features(
     seed: int,
     views: int,
     drop: Drop | None = None,
+    halvings: Halvings | None = None,
 ) -> Features | None:
     """Whitened features of one batch, averaged over its views.
 
@@ -171,11 +190,44 @@ def batch_features(
         views: 1, or 2 to average over each input and its mirror image (its last axis reversed).
         drop: told of the row of each sample that the network makes NaN or infinity of, which is left out; None keeps
             them.
+        halvings: counts how often the batch is cut for want of memory.
 
     Returns:
         None if no sample is left.
-    """
 
+    Raises:
+        MemoryExhaustedError: if there is not enough memory for one sample.
+    """
+    parts: list[Features | None] = []
+    make = partial(_features, engine, compressor, metric, labels=labels, seed=seed, views=views, drop=drop)
+    (halvings or Halvings()).each(batch, make, parts.append)
+    return _joined([part for part in parts if part is not None])
+
+
+def _joined(parts: list[Features]) -> Features | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    batches, hidden = [part.batch for part in parts], [part.hidden for part in parts if part.hidden is not None]
+    columns = zip(*((batch.inputs, batch.labels, batch.index) for batch in batches), strict=True)
+    return Features(
+        Batch(*(torch.cat(column) for column in columns)),
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        torch.cat(hidden) if hidden else None,
+    )
+
+
+def _features(
+    engine: ScoreEngine,
+    compressor: Compressor,
+    metric: LowRankMetric,
+    batch: Batch,
+    *,
+    labels: str,
+    seed: int,
+    views: int,
+    drop: Drop | None,
+) -> Features | None:
     def scores_of(part: Batch) -> list[Scores]:
         mirrored = [Batch(part.inputs.flip(-1), part.labels, part.index)] if views == 2 else []
         return [batch_scores(engine, view, labels, seed) for view in [part, *mirrored]]

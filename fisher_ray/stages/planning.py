@@ -10,12 +10,12 @@ import torch
 
 from fisher_ray.config import Config
 from fisher_ray.data import choose_units, plan_units
-from fisher_ray.gradients import ScoreEngine
 from fisher_ray.metric import plan_compression
 from fisher_ray.records import Batch, Unit
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.networks import build_network
 from fisher_ray.stages.passes import batch_scores
+from fisher_ray.stages.workbench import score_engine
 
 MIN_LEAF_ROWS = 4096
 """Rows of one Gram sum at least: fewer are not worth moving a matrix for."""
@@ -118,7 +118,7 @@ def _seconds(config: Config, facts: Facts) -> dict[str, float]:
 
 
 def _seconds_a_sample(config: Config, facts: Facts, threads: int) -> float:
-    engine = ScoreEngine(build_network(config.model, config.seed), config.scores.parameters)
+    engine = score_engine(config, build_network(config.model, config.seed))
     size, before = facts.micro_batch, torch.get_num_threads()
     inputs = torch.randn(size, *facts.input_shape, generator=torch.Generator().manual_seed(0))
     batch = Batch(inputs, torch.zeros(size, dtype=torch.int64), torch.arange(size))

@@ -11,6 +11,7 @@ import numpy as np
 from fisher_ray.metric import LowRankMetric, basis_arrays, basis_attributes, zero_sums
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages import compression, shallow
+from fisher_ray.stages.halving import Halvings
 from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
 from fisher_ray.stages.training import clean_batches, drop_row
 from fisher_ray.stages.workbench import Workbench
@@ -23,12 +24,13 @@ def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, 
     """Sum the factors' second moments over a unit, of the layers that are compressed by them."""
     start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
-    drop = partial(drop_row, bench, "shallow", skipped)
+    drop, halvings = partial(drop_row, bench, "shallow", skipped), Halvings()
     plans = compression.plan(config.compression, config.metric, bench.facts.block_shapes)
     shapes = {name: bench.facts.block_shapes[name] for name in plans.with_moments}
     labels, draws = config.metric_labels, config.metric.draws
-    sums = kronecker_pass(bench.engine, shapes, batches, labels, config.seed, drop, draws)
-    return _receipt(unit, attempt, start, skipped), {**zero_sums(shapes), **sums}  # the same names in all
+    sums = kronecker_pass(bench.engine, shapes, batches, labels, config.seed, drop, halvings, draws)
+    arrays = {**zero_sums(shapes), **sums}  # the same names in all
+    return _receipt(unit, attempt, start, skipped, halvings.count), arrays
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
@@ -36,9 +38,9 @@ def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arr
     start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
     drop, labels, draws = partial(drop_row, bench, "shallow", skipped), config.metric_labels, config.metric.draws
-    sums = bench.new_fisher_sum()
-    arrays = fisher_pass(bench.engine, bench.compressor, sums, batches, labels, config.seed, drop, draws)
-    return _receipt(unit, attempt, start, skipped), arrays
+    sums, halvings = bench.new_fisher_sum(), Halvings()
+    arrays = fisher_pass(bench.engine, bench.compressor, sums, batches, labels, config.seed, drop, halvings, draws)
+    return _receipt(unit, attempt, start, skipped, halvings.count), arrays
 
 
 def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
@@ -50,6 +52,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
     """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
     start, skipped, config = time.monotonic(), dict[int, str](), bench.config
     parts: dict[str, list[np.ndarray]] = {}
+    halvings = Halvings()
     for batch in clean_batches(bench, split, range(unit.start, unit.stop), skipped):
         made = batch_features(
             bench.engine,
@@ -60,6 +63,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
             seed=config.seed,
             views=config.linear.views,
             drop=partial(drop_row, bench, split, skipped),
+            halvings=halvings,
         )
         if made is None:
             continue
@@ -71,7 +75,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
     joined = {key: np.concatenate(values) for key, values in parts.items()} or _no_rows(url)
     num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=skipped)
     seconds = {"compute": computed - start, "write": time.monotonic() - computed}
-    return Receipt(unit, attempt, seconds, num_bytes, skipped=skipped), None
+    return Receipt(unit, attempt, seconds, num_bytes, skipped=skipped, num_halvings=halvings.count), None
 
 
 def _no_rows(url: str) -> Arrays:
@@ -87,8 +91,9 @@ def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[
     return _receipt(unit, attempt, start, {}), sums
 
 
-def _receipt(unit: Unit, attempt: int, start: float, skipped: dict[int, str]) -> Receipt:
-    return Receipt(unit, attempt, {"compute": time.monotonic() - start}, skipped=skipped)
+def _receipt(unit: Unit, attempt: int, start: float, skipped: dict[int, str], num_halvings: int = 0) -> Receipt:
+    seconds = {"compute": time.monotonic() - start}
+    return Receipt(unit, attempt, seconds, skipped=skipped, num_halvings=num_halvings)
 
 
 def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:
@@ -116,6 +121,7 @@ def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) 
     settings = config.metric.model_dump(mode="json", include={"estimator", "structure", "draws", "centered"})
     attributes = {"fingerprints": fingerprints, "parameters": bench.engine.selection, **settings}
     attributes |= {"labels": config.scores.labels, "metric_labels": config.metric_labels}
+    attributes["precision"] = config.scores.precision
     metric = LowRankMetric(bench.bases, parts, layers, attributes)
     metric.save(bench.url("metric.zarr"))
     return {

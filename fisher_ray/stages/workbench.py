@@ -15,7 +15,7 @@ from torch import nn
 from fisher_ray.config import Config
 from fisher_ray.data import Source, check_source, load_batches, open_source
 from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
-from fisher_ray.gradients import Compressor, ScoreEngine
+from fisher_ray.gradients import Compressor, ScoreEngine, precision_of
 from fisher_ray.metric import FisherSum, LowRankMetric, bases_from
 from fisher_ray.records import Batch, Compression
 from fisher_ray.stages import compression
@@ -70,7 +70,7 @@ class Workbench:
     @cached_property
     def engine(self) -> ScoreEngine:
         """What computes scores of the base network."""
-        return ScoreEngine(self.model, self.config.scores.parameters)
+        return score_engine(self.config, self.model)
 
     @cached_property
     def bases(self) -> dict[str, Compression]:
@@ -96,6 +96,11 @@ class Workbench:
     @property
     def _like(self) -> torch.Tensor:
         return torch.zeros((), device=self.device)
+
+
+def score_engine(config: Config, model: nn.Module) -> ScoreEngine:
+    """Return what computes the scores that a run asks for."""
+    return ScoreEngine(model, config.scores.parameters, precision=precision_of(config.scores.precision))
 
 
 def base_network(config: Config, storage: Storage) -> nn.Module:
@@ -138,7 +143,7 @@ def inspect_request(config: Config) -> Facts:
     if config.model.checkpoint is not None:
         load_checkpoint(model, config.model.checkpoint)
         fingerprints["checkpoint"] = hashlib.sha256(network_bytes(model)).hexdigest()
-    engine = ScoreEngine(model, config.scores.parameters)
+    engine = score_engine(config, model)
     shapes = {split: check_source(source, None, on_error=config.data.on_error) for split, source in sources.items()}
     if len(set(shapes.values())) > 1:
         raise ConfigError(f"the splits' samples have different shapes: {shapes}. Check data.transform and the paths.")
@@ -151,7 +156,7 @@ def inspect_request(config: Config) -> Facts:
     for batch in _first_rows(sources["shallow"], shape):
         inputs = batch.inputs
         fingerprints["transformed"] = hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest()
-    _refuse_dependent_rows(model, inputs)
+    _refuse_dependent_rows(engine, inputs)
     logits, hidden = _try_network(engine, inputs)
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)
@@ -194,12 +199,13 @@ def _first_rows(source: Source, shape: tuple[int, ...]) -> Iterator[Batch]:
     return load_batches(source, rows, len(rows), num_classes=None, expected_shape=shape, on_error="skip")
 
 
-def _refuse_dependent_rows(model: nn.Module, inputs: torch.Tensor) -> None:
+def _refuse_dependent_rows(engine: ScoreEngine, inputs: torch.Tensor) -> None:
     """Refuse a network that puts itself into train mode, or calls dropout or batch statistics as functions."""
     first = inputs[:1]
-    with torch.no_grad(), _naming_shape(tuple(first.shape[1:])):
-        alone, together = model(first), model(torch.cat([*[first] * NUM_TRIED, inputs]))[:NUM_TRIED]
-    tolerance = 1e-3 * float(alone.nan_to_num().abs().max())
+    with _naming_shape(tuple(first.shape[1:])):
+        alone = engine.output(first)
+        together = engine.output(torch.cat([*[first] * NUM_TRIED, inputs]))[:NUM_TRIED]
+    tolerance = engine.precision.tolerance * float(alone.nan_to_num().abs().max())
     if not torch.allclose(together, alone.expand_as(together), rtol=0.0, atol=tolerance, equal_nan=True):
         raise ModelError(
             "the network's output for a sample depends on the other samples of its batch, or on chance: look for "

@@ -120,7 +120,8 @@ def test_a_metric_knows_what_it_was_fitted_with(tmp_path):
 
     metric = LowRankMetric.load(bench.url("metric.zarr"))
     asked = {"estimator": "exact", "structure": "global", "draws": 1, "centered": False, "metric_labels": "all"}
-    assert metric.attributes == {"fingerprints": {}, "labels": "all", "parameters": "fc1.*", **asked}
+    expected = {"fingerprints": {}, "labels": "all", "parameters": "fc1.*", "precision": "float32", **asked}
+    assert metric.attributes == expected
     assert list(metric.bases) == ["fc1"]
     assert (found["rank"], found["parts"][0]["eigvals"]) == (metric.rank, metric.eigvals.tolist())
     assert found["fingerprint"] == fit_metric(bench)["fingerprint"]
@@ -134,6 +135,23 @@ def test_a_metric_knows_what_it_was_fitted_with(tmp_path):
     save_arrays(bench.url("basis.zarr"), arrays, attributes)
     again.append(tasks.fit_metric(fresh(), sums, fingerprints={})["fingerprint"])
     assert again[0] != again[1]  # the same numbers in another basis
+
+
+def test_a_runs_network_is_run_in_the_precision_that_was_asked_for(tmp_path):
+    bench = small_bench(tmp_path, scores={"precision": "bfloat16"})
+    fit_metric(bench)
+    write_features(bench, "train", "shallow")
+    store, (inputs, _) = open_features(bench.url("features/train.zarr")), shallow_rows(bench)
+
+    assert bench.metric.attributes["precision"] == "bfloat16"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat([bench.model(part) for part in torch.split(inputs, bench.facts.micro_batch)])
+    np.testing.assert_array_equal(store.read("logits", 0, 70), logits.float())
+    phi = torch.from_numpy(store.read("features", 0, 70))
+    engine = ScoreEngine(bench.model)
+    plain = Compressor(bench.metric.bases, engine.blocks, inputs).compress(engine.all_classes(inputs))
+    expected = bench.metric.transform(plain)
+    assert 1e-4 < float((phi - expected).norm() / expected.norm()) < 3e-2
 
 
 def test_a_linear_model_on_features_of_true_labels_is_refused(tmp_path):
