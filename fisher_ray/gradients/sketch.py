@@ -8,7 +8,6 @@ with probability ``1/k`` as if drawn by themselves, and sums run along contiguou
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -67,19 +66,16 @@ class BlockSketch:
 
     def add_gradient(self, gradient: Tensor, out: Tensor) -> None:
         """Add the sketches of gradients ``(B, S, O, A)``."""
-        for plan, score in itertools.product(self._plans, range(gradient.shape[1])):
-            plan.add(0, gradient[:, score, :, plan.columns].flatten(1), out[:, score])
+        for plan in self._plans:
+            plan.add(0, gradient[..., plan.columns].flatten(2), out)
 
     def _add_affine(self, item: AffineFactors, out: Tensor) -> None:
         if item.source.weight:
             plan = self._plans[0]
             for chunk in form_chunks(item, self._workspace, row_step=plan.step):
-                for score in range(item.num_scores):
-                    gradient = chunk.gradient[:, score].flatten(1)
-                    plan.add(chunk.rows.start, gradient, out[chunk.samples, score])
+                plan.add(chunk.rows.start, chunk.gradient.flatten(2), out[chunk.samples])
         if item.source.bias:
-            for score, deltas in enumerate(item.deltas.sum(dim=3)):
-                self._plans[-1].add(0, deltas, out[:, score])
+            self._plans[-1].add(0, item.deltas.sum(dim=3).transpose(0, 1), out)
 
     def matrix(self) -> Tensor:
         """Return the sketch as a matrix ``(O · A, k)``, for gradients flattened by rows."""
@@ -124,15 +120,15 @@ class _Plan:
         self._shifts = torch.randint(dim, (num_runs,), generator=generator)
 
     def add(self, start: int, gradient: Tensor, out: Tensor) -> None:
-        """Add rows from ``start``, the first of a run, as ``(b, rows · A)``, to ``(b, 2 k)``."""
+        """Add rows from ``start``, the first of a run, as ``(..., rows · A)``, to ``(..., 2 k)``."""
         number, stride = start // self.step * len(self._cuts), self.step * self._width
         shifts, offset = iter(self._shifts[number:].tolist()), start * self._width
-        for place in range(0, gradient.shape[1], stride):
+        for place in range(0, gradient.shape[-1], stride):
             for begin, end in zip(self._cuts, self._ends, strict=True):
-                values = gradient[:, place + begin : place + end]
+                values = gradient[..., place + begin : place + end]
                 sign = self.signs[offset + place + begin : offset + place + end]
                 shift = next(shifts)
-                out[:, shift : shift + values.shape[1]].addcmul_(values, sign)
+                out[..., shift : shift + values.shape[-1]].addcmul_(values, sign)
 
     def transpose(self, sketches: Tensor) -> Tensor:
         """Return for every coordinate its sign times the entry that it goes to: ``(..., k)`` to ``(..., O · A)``."""
