@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from fisher_ray.errors import DataError, RequestError
 
 Arrays = dict[str, np.ndarray]
 
@@ -38,3 +41,29 @@ class Estimator(Protocol):
 
     def quadratic_forms(self, arrays: Arrays, vectors: Tensor) -> Tensor:
         """Return ``v_iᵀ M v_i`` of columns ``(D, R)``, ``(R,)``, float64."""
+
+
+def float64_rows(rows: Tensor, dim: int) -> Tensor:
+    """Return rows ``(K, D)`` in float64.
+
+    Raises:
+        RequestError: if they are not of ``dim`` coordinates.
+    """
+    if rows.ndim != 2 or rows.shape[1] != dim:
+        raise RequestError(f"rows of shape {tuple(rows.shape)} were given to an estimator of {dim} coordinates")
+    return rows.to(torch.float64)
+
+
+def added(left: Arrays, right: Arrays) -> Arrays:
+    """Merge arrays that are plain sums: element by element."""
+    return {name: left[name] + right[name] for name in left}
+
+
+def refuse_non_finite(arrays: Arrays) -> None:
+    """Let pass what can be eigendecomposed.
+
+    Raises:
+        DataError: if an entry is NaN or infinite.
+    """
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise DataError("the Fisher sum holds NaN or infinity: look for extreme inputs or weights")

@@ -34,14 +34,24 @@ def eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigendecompose a symmetric float64 matrix ``(n, n)``.
 
     Returns:
-        Eigenvalues ``(n,)``, descending, and the matching orthonormal columns ``(n, n)``, each with the sign that makes
-        its entry of largest magnitude (the first of equals) positive.
+        Eigenvalues ``(n,)``, descending, and the matching orthonormal columns ``(n, n)``, signs as :func:`fix_signs`.
     """
     values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0), fix_signs(vectors).flip(1)
+
+
+def fix_signs(vectors: Tensor) -> Tensor:
+    """Return columns ``(n, m)`` with signs that make each one's largest entry (the first of equals) positive."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return values.flip(0), (vectors * largest.sign()).flip(1)
+    return vectors * largest.sign()
 
 
-def num_above_noise(values: Tensor) -> int:
-    """Count the leading ones of ``n`` descending eigenvalues that are above their own rounding, ``n ε λ₁``."""
-    return int((values > values[0].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps).sum())
+def num_above_noise(values: Tensor, dim: int | None = None) -> int:
+    """Count the leading ones of descending eigenvalues that are above their own rounding, ``n ε λ₁``.
+
+    Args:
+        values: the eigenvalues, at least one.
+        dim: ``n``, where these are not all of the matrix's eigenvalues.
+    """
+    noise = (len(values) if dim is None else dim) * torch.finfo(values.dtype).eps
+    return int((values > values[0].clamp(min=0) * noise).sum())
