@@ -3,6 +3,7 @@
 from fisher_ray.metric.diagonal import Diagonal
 from fisher_ray.metric.exact import Exact
 from fisher_ray.metric.fisher import FisherSum, decompose, held_out_damping
+from fisher_ray.metric.frequent_directions import FrequentDirections
 from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases, zero_sums
 from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
 
@@ -10,6 +11,7 @@ __all__ = [
     "Diagonal",
     "Exact",
     "FisherSum",
+    "FrequentDirections",
     "KroneckerSums",
     "LowRankMetric",
     "bases_from",
