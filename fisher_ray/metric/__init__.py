@@ -6,6 +6,7 @@ from fisher_ray.metric.fisher import FisherSum, decompose, held_out_damping
 from fisher_ray.metric.frequent_directions import FrequentDirections
 from fisher_ray.metric.kronecker import KroneckerSums, choose_bases, identity_bases, zero_sums
 from fisher_ray.metric.lowrank import LowRankMetric, bases_from, basis_arrays
+from fisher_ray.metric.nystrom import Nystrom
 
 __all__ = [
     "Diagonal",
@@ -14,6 +15,7 @@ __all__ = [
     "FrequentDirections",
     "KroneckerSums",
     "LowRankMetric",
+    "Nystrom",
     "bases_from",
     "basis_arrays",
     "choose_bases",
