@@ -62,5 +62,7 @@ def test_a_matrix_has_as_many_eigenvalues_above_noise_as_its_rank():
     rows = random_matrix(7, 30)
     for scale in (1e-100, 1.0, 1e100):
         assert num_above_noise(eigh_descending(scale * rows.T @ rows)[0]) == 7
+    few = torch.tensor([1.0, 1e-13], dtype=torch.float64)
+    assert [num_above_noise(few), num_above_noise(few, 300), num_above_noise(few, 3000)] == [2, 2, 1]
     assert num_above_noise(eigh_descending(torch.zeros(4, 4, dtype=torch.float64))[0]) == 0
     assert num_above_noise(eigh_descending(-rows @ rows.T)[0]) == 0

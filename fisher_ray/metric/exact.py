@@ -1,0 +1,151 @@
+"""The exact sum of outer products, whole or in blocks along the diagonal, packed to one triangle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_ray.errors import RequestError
+from fisher_ray.metric.estimator import Arrays, added, float64_rows, refuse_non_finite
+from fisher_ray.metric.symmetric import PANEL, eigh_descending, mirror, num_above_noise
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Rows of the upper triangle that are stored together: ``rows × columns``, both from the same coordinate on."""
+
+    rows: slice
+    columns: slice
+    packed: slice
+
+    def of(self, packed: Tensor) -> Tensor:
+        return packed[self.packed].view(self.rows.stop - self.rows.start, -1)
+
+
+class Exact:
+    """``M`` itself, or those of its blocks that a structure keeps, float64, mergeable by addition.
+
+    Rows are multiplied in float64, whatever their dtype: float32 products would be as good for every coordinate that
+    the rows reach, but would fill those that they do not reach (always, where there are fewer rows than ``D``) with
+    rounding that no longer looks like zero. One triangle alone is summed, which makes it no slower, and stored, as
+    panels of whole rows that start at the diagonal: half as many bytes to merge.
+
+    Args:
+        dim: ``D``.
+        reach: the structure, blocks ``(start, stop, end)`` one after the other from 0 to ``D``: coordinates ``start``
+            to ``stop`` are multiplied with those from ``start`` to ``end``, and ``M`` is taken to be zero beyond, and
+            symmetric. ``end = stop`` keeps blocks on the diagonal, ``end =`` the next block's ``stop`` keeps
+            neighbours as well; the default is one block. With neighbours, ``M`` may have negative eigenvalues.
+
+    Raises:
+        RequestError: if the blocks leave coordinates out, overlap, or reach beyond ``D``.
+    """
+
+    def __init__(self, dim: int, reach: Tensor | Sequence[Sequence[int]] | None = None) -> None:
+        """See the class."""
+        blocks = [(0, dim, dim)] if reach is None else [(int(a), int(b), int(c)) for a, b, c in reach]
+        edges = [0, *(stop for _, stop, _ in blocks)]
+        in_order = [start for start, _, _ in blocks] == edges[:-1] and edges == sorted(edges) and edges[-1] == dim
+        if not in_order or not all(stop <= end <= dim for _, stop, end in blocks):
+            raise RequestError(
+                f"blocks (start, stop, end) {blocks}: they must follow each other from 0 to {dim}, stop <= end <= {dim}"
+            )
+        self.dim = dim
+        self._panels = list(_panels(blocks))
+        self._packed = torch.zeros(self._panels[-1].packed.stop, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows ``(K, D)``; the sums live on their device.
+
+        Raises:
+            RequestError: if ``D`` is not the estimator's.
+        """
+        rows = float64_rows(rows, self.dim)
+        self._packed = self._packed.to(rows.device)
+        for panel in self._panels:
+            panel.of(self._packed).addmm_(rows[:, panel.rows].T, rows[:, panel.columns])
+
+    def to_arrays(self) -> Arrays:
+        """Return ``packed``: the panels, row by row, one after the other; :meth:`dense` unpacks them."""
+        return {"packed": self._packed.cpu().numpy().copy()}
+
+    def merge(self, left: Arrays, right: Arrays) -> Arrays:
+        """Return the arrays of the rows of both."""
+        return added(left, right)
+
+    def dense(self, arrays: Arrays) -> Tensor:
+        """Return ``M``, symmetric, ``(D, D)``, float64."""
+        total = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        for span, matrix in self._components(arrays):
+            total[span, span] = matrix
+        return total
+
+    def trace(self, arrays: Arrays) -> float:
+        """Return ``tr M``."""
+        packed = torch.tensor(arrays["packed"])
+        return float(sum(panel.of(packed).diagonal().sum() for panel in self._panels))
+
+    def eigendecompose(self, arrays: Arrays, rank: int) -> tuple[Tensor, Tensor]:
+        """Return leading eigenvalues ``(r,)``, descending, and orthonormal columns ``(D, r)``, float64.
+
+        Coordinates that the structure does not connect are decomposed apart. No eigenvalue is below ``D ε`` times the
+        first.
+
+        Raises:
+            DataError: if the sums are not finite.
+        """
+        refuse_non_finite(arrays)
+        found = [(span, *eigh_descending(matrix)) for span, matrix in self._components(arrays)]
+        values, order = torch.cat([values for _, values, _ in found]).sort(descending=True, stable=True)
+        keep = min(rank, num_above_noise(values))
+        vectors = torch.zeros(self.dim, keep, dtype=torch.float64)
+        for span, _, columns in found:  # as many eigenvalues as coordinates: the span is one of both
+            own = ((order[:keep] >= span.start) & (order[:keep] < span.stop)).nonzero()[:, 0]
+            vectors[span, own] = columns[:, : len(own)]
+        return values[:keep].clone(), vectors
+
+    def quadratic_forms(self, arrays: Arrays, vectors: Tensor) -> Tensor:
+        """Return ``v_iᵀ M v_i`` of columns ``(D, R)``, ``(R,)``, float64."""
+        forms = torch.zeros(vectors.shape[1], dtype=torch.float64)
+        for span, matrix in self._components(arrays):
+            forms += (vectors[span] * (matrix @ vectors[span])).sum(0)
+        return forms
+
+    def _components(self, arrays: Arrays) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the coordinates that hang together, and their matrix, symmetric."""
+        packed = torch.tensor(arrays["packed"])
+        for span, panels in _connected(self._panels):
+            matrix = torch.zeros(span.stop - span.start, span.stop - span.start, dtype=torch.float64)
+            for panel in panels:
+                whole = matrix[panel.rows.start - span.start :, panel.columns.start - span.start :]
+                part = panel.of(packed)
+                whole[: part.shape[0], : part.shape[1]] = part
+            mirror(matrix)
+            yield span, matrix
+
+
+def _panels(blocks: Iterable[tuple[int, int, int]]) -> Iterator[_Panel]:
+    """Yield panels of up to :data:`PANEL` rows, each of one block."""
+    place = 0
+    for start, stop, end in blocks:
+        for first in range(start, stop, PANEL):
+            last = min(first + PANEL, stop)
+            size = (last - first) * (end - first)
+            yield _Panel(slice(first, last), slice(first, end), slice(place, place + size))
+            place += size
+
+
+def _connected(panels: list[_Panel]) -> Iterator[tuple[slice, list[_Panel]]]:
+    """Group panels, in order, so that none of a group reaches into another group."""
+    group: list[_Panel] = []
+    end = 0
+    for panel in panels:
+        if group and panel.rows.start >= end:
+            yield slice(group[0].rows.start, end), group
+            group = []
+        group.append(panel)
+        end = max(end, panel.columns.stop)
+    yield slice(group[0].rows.start, end), group
