@@ -18,6 +18,9 @@ from fisher_ray.gradients.factors import AffineFactors, Factors, TokenFactors
 from fisher_ray.gradients.formation import Workspace, form_chunks
 from fisher_ray.gradients.forming import Scores
 
+NARROW = 1024
+"""A sketch of fewer numbers is made by gathering: its many short runs would each take longer to begin than to add."""
+
 
 class GradientSketch:
     """Maps scores to ``k`` numbers each, whose dot products are unbiased estimates of the gradients' dot products.
@@ -118,9 +121,15 @@ class _Plan:
         self._ends = [*self._cuts[1:], self._width if self._width > dim else self.step * self._width]
         num_runs = -(-rows // self.step) * len(self._cuts)
         self._shifts = torch.randint(dim, (num_runs,), generator=generator)
+        self._dim, self._kept = dim, (-1, -1, torch.empty(0), torch.empty(0))
 
     def add(self, start: int, gradient: Tensor, out: Tensor) -> None:
         """Add rows from ``start``, the first of a run, as ``(..., rows · A)``, to ``(..., 2 k)``."""
+        if self._dim < NARROW:
+            places, signs = self._gathering(start, gradient.shape[-1])
+            runs = gradient.index_select(-1, places).view(*gradient.shape[:-1], -1, self._dim)
+            out[..., : self._dim] += (runs * signs).sum(dim=-2)
+            return
         number, stride = start // self.step * len(self._cuts), self.step * self._width
         shifts, offset = iter(self._shifts[number:].tolist()), start * self._width
         for place in range(0, gradient.shape[-1], stride):
@@ -129,6 +138,25 @@ class _Plan:
                 sign = self.signs[offset + place + begin : offset + place + end]
                 shift = next(shifts)
                 out[..., shift : shift + values.shape[-1]].addcmul_(values, sign)
+
+    def _gathering(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return where in ``size`` coordinates from row ``start`` each run's entries come from, and their signs.
+
+        Of runs in order, ``(runs · k,)`` places, the first for an entry that nothing goes to, and ``(runs, k)`` signs,
+        zero there. What was returned last is kept: a layer that is formed in one piece asks for nothing else.
+        """
+        if self._kept[:2] != (start, size):
+            number, stride = start // self.step * len(self._cuts), self.step * self._width
+            firsts = torch.arange(0, size, stride)[:, None]
+            begins = (firsts + torch.tensor(self._cuts)).flatten()
+            ends = (firsts + torch.tensor(self._ends)).flatten().clamp(max=size)
+            shifts = self._shifts[number : number + len(begins)]
+            places = begins[:, None] + (torch.arange(self._dim) - shifts[:, None]) % self._dim
+            filled = places < ends[:, None]
+            places = torch.where(filled, places, 0).to(self.signs.device)
+            signs = self.signs[start * self._width + places] * filled.to(self.signs)
+            self._kept = start, size, places.flatten(), signs
+        return self._kept[2], self._kept[3]
 
     def transpose(self, sketches: Tensor) -> Tensor:
         """Return for every coordinate its sign times the entry that it goes to: ``(..., k)`` to ``(..., O · A)``."""
