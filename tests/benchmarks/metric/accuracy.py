@@ -140,13 +140,7 @@ def main() -> None:
     parser.add_argument("--metric-rows", type=int, default=2500)
     parser.add_argument("--dim", type=int, default=4096)
     options = parser.parse_args()
-    asked = [
-        f"data.root={options.data}",
-        f"output={options.output}",
-        f"compression.dim={options.dim}",
-        "metric.rank=64",
-    ]
-    config = Config.from_yaml("jobs/configs/cifar10.yaml", asked)
+    config = Config.from_yaml("jobs/configs/cifar10.yaml", [f"data.root={options.data}", f"output={options.output}"])
     pipeline.run(config, until="base")
     engine = ScoreEngine(base_network(config.located(), Storage(config.located().output)))
     rows = Rows(engine, config, {"shallow": options.train_rows, "test": options.test_rows})
@@ -154,7 +148,7 @@ def main() -> None:
     for compression, estimator, structure, ranks in WAYS:
         if compression != last:
             last, start = compression, time.perf_counter()
-            asked = config.compression.model_copy(update={"kind": compression})
+            asked = config.compression.model_copy(update={"kind": compression, "dim": options.dim})
             moments = None
             if plan(asked, MetricConfig(rank=max(ranks)), engine.block_shapes).with_moments:
                 first = rows.batches("shallow", options.metric_rows)
