@@ -81,6 +81,17 @@ def test_keys_left_out_take_the_documented_defaults():
         ("base=null", ["base", "model.checkpoint"]),
         ("model.checkpoint=x.safetensors", ["base", "model.checkpoint"]),
         ("data.train=null", ["'base'", "'data.train'"]),
+        ("metric.damping=x", ["metric.damping", "'auto'", "'x'"]),
+        ("metric.damping={absolut: 1}", ["'metric.damping.absolut'", "'absolute'"]),
+        ("metric.damping={absolute: -1}", ["metric.damping.absolute", "-1"]),
+        ("compression.layers={'a*': {knd: topk}}", ["'compression.layers.a*.knd'", "'kind'"]),
+        ("compression.layers={'a*': {kind: tpk}}", ["compression.layers.a*.kind", "'topk'", "'tpk'"]),
+        ("metric={structure: adjacent, estimator: nystrom}", ["'nystrom'", "global or block", "'adjacent'"]),
+        ("metric={size: 2048}", ["size", "'exact'"]),
+        ("metric={size: 20, rank: 30, estimator: nystrom}", ["size 20", "rank 30"]),
+        ("metric={centered: true, estimator: frequent_directions}", ["mean", "centered"]),
+        ("metric.centered=true", ["metric.centered", "zero"]),
+        ("metric={draws: 3, labels: true}", ["draws 3", "'true'"]),
     ],
 )
 def test_a_wrong_key_is_named_with_its_path_and_value(override, words):

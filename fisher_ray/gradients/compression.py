@@ -48,6 +48,11 @@ class Compressor:
             self.dim = place.stop
 
     @property
+    def linear(self) -> bool:
+        """Whether coordinates are linear in the scores, which those of the largest entries are not."""
+        return not any(isinstance(part, _Largest) for part, _ in self._parts.values())
+
+    @property
     def places(self) -> dict[str, slice]:
         """Each block's coordinates."""
         return {name: place for name, (_, place) in self._parts.items()}

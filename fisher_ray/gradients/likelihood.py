@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fisher_ray.errors import DataError, ModelError, RequestError
 from fisher_ray.gradients.labels import draw_labels, keyed_normal, keyed_uniform
+from fisher_ray.gradients.spanning import LeftOut, leave_out
 
 
 class Likelihood(Protocol):
@@ -25,6 +26,9 @@ class Likelihood(Protocol):
 
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Return ``g`` of all targets, ``(S, B, ...)``, weighted so that their outer products sum to the Fisher."""
+
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+        """Return as :meth:`all_scores` weighted ones, but none that follows from the others, and how it does."""
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``g`` of one target a sample, ``(B, ...)``."""
@@ -49,6 +53,11 @@ class Softmax:
         if weighted:
             scores = scores * probabilities.sqrt()[:, :, None]
         return scores.transpose(0, 1).contiguous()
+
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+        """See :class:`Likelihood`."""
+        scores = self.all_scores(output, weighted=True)
+        return leave_out(scores, output.softmax(dim=1)) if len(scores) > 1 else (scores, None)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``e_y − p``.
@@ -84,6 +93,10 @@ class Gaussian:
         units = torch.eye(size, dtype=output.dtype, device=output.device)
         return units[:, None].expand(size, len(output), size).reshape(size, *output.shape)
 
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+        """See :class:`Likelihood`: none follows from the others."""
+        return self.all_scores(output, weighted=True), None
+
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``y − output``."""
         _check_like(output, targets)
@@ -109,6 +122,10 @@ class Bernoulli:
         """Return ``√(p_k (1 − p_k)) e_k``, whose outer products sum to the output's Fisher matrix, ``(K, B, K)``."""
         spread = (output.sigmoid() * (-output).sigmoid()).sqrt()
         return torch.diag_embed(spread).transpose(0, 1).contiguous()
+
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+        """See :class:`Likelihood`: none follows from the others."""
+        return self.all_scores(output, weighted=True), None
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``y − p``."""
@@ -145,6 +162,10 @@ class NextToken:
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Raise: there are as many sequences as ``V`` to the power of ``T``."""
         raise RequestError("scores of all targets: next tokens have too many. Take labels sampled or true.")
+
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+        """See :class:`Likelihood`: none follows from the others."""
+        return self.all_scores(output, weighted=True), None
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``e_next − p`` at each position but the last, 0 where the next token is left out."""
@@ -190,6 +211,10 @@ class Custom:
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Raise: the function says nothing of targets that it is not given."""
         raise RequestError("scores of all targets: a likelihood of your own gives those of given targets. Take true.")
+
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+        """See :class:`Likelihood`: none follows from the others."""
+        return self.all_scores(output, weighted=True), None
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return the function's gradient."""

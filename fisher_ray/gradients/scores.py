@@ -21,6 +21,7 @@ from fisher_ray.gradients.likelihood import Likelihood, Softmax
 from fisher_ray.gradients.network import choose_parameters
 from fisher_ray.gradients.outputs import Inputs, outside_inference, pull_back, rows, signature, tensors
 from fisher_ray.gradients.precision import Precision, multiplied
+from fisher_ray.gradients.spanning import LeftOut
 from fisher_ray.gradients.verification import verify
 
 FIRST = Axis(0, 1)
@@ -104,6 +105,24 @@ class ScoreEngine:
             RequestError: if the likelihood has too many targets.
         """
         return self._scores(inputs, lambda output: self.likelihood.all_scores(output, weighted=weighted))
+
+    def spanning_classes(self, inputs: Inputs) -> tuple[Scores, LeftOut | None]:
+        """Weighted scores of all classes but one a sample, and what brings that one back after a linear map.
+
+        Returns:
+            As :meth:`all_classes`, ``S = C − 1``; and None where no score follows from the others.
+
+        Raises:
+            ModelError, RequestError: as :meth:`all_classes`.
+        """
+        left: LeftOut | None = None
+
+        def start(output: Tensor) -> Tensor:
+            nonlocal left
+            cotangents, left = self.likelihood.spanning_scores(output)
+            return cotangents
+
+        return self._scores(inputs, start), left
 
     def of_labels(self, inputs: Inputs, labels: Tensor | Callable[[Tensor], Tensor]) -> Scores:
         """Scores of one target a sample; ``S = 1``.

@@ -68,6 +68,22 @@ def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draw
     return engine.of_draws(batch.inputs, draw, draws)
 
 
+def compressed_scores(
+    engine: ScoreEngine, compressor: Compressor, batch: Batch, labels: str, seed: int, draws: int = 1
+) -> tuple[Scores, Tensor]:
+    """Return scores as :func:`batch_scores`, and them compressed, ``(B, S, D)``.
+
+    Of all classes one a sample is not backpropagated where its coordinates follow from the others', and is missing
+    among the scores.
+    """
+    if labels != "all" or not compressor.linear:
+        scores = batch_scores(engine, batch, labels, seed, draws)
+        return scores, compressor.compress(scores)
+    scores, left = engine.spanning_classes(batch.inputs)
+    compressed = compressor.compress(scores)
+    return scores, compressed if left is None else left.complete(compressed)
+
+
 def kronecker_pass(
     engine: ScoreEngine,
     layers: Collection[str],
@@ -116,7 +132,7 @@ def fisher_pass(
     halvings, num_whole = halvings or Halvings(), 0
 
     def compressed(part: Batch) -> Tensor:
-        return compressor.compress(batch_scores(engine, part, labels, seed, draws))
+        return compressed_scores(engine, compressor, part, labels, seed, draws)[1]
 
     def add(found: tuple[Batch, Tensor] | None) -> None:
         nonlocal num_whole
@@ -228,29 +244,26 @@ def _features(
     views: int,
     drop: Drop | None,
 ) -> Features | None:
-    def scores_of(part: Batch) -> list[Scores]:
+    def compressed_of(part: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        logits, hidden, compressed = [], [], []
         mirrored = [Batch(part.inputs.flip(-1), part.labels, part.index)] if views == 2 else []
-        return [batch_scores(engine, view, labels, seed) for view in [part, *mirrored]]
+        for view in [part, *mirrored]:
+            scores, values = compressed_scores(engine, compressor, view, labels, seed)
+            logits.append(scores.logits)
+            hidden += [] if scores.hidden is None else [scores.hidden]
+            compressed.append(values)
+        return logits, hidden, _mean(compressed)
 
-    def compressed_of(part: Batch) -> tuple[list[Scores], Tensor]:
-        scores = scores_of(part)
-        return scores, _mean([compressor.compress(item) for item in scores])
-
-    def finite(made: tuple[list[Scores], Tensor]) -> Tensor:
-        return _finite_rows(made[1]) & _finite_rows(_mean([item.logits for item in made[0]]))
+    def finite(made: tuple[list[Tensor], list[Tensor], Tensor]) -> Tensor:
+        return _finite_rows(made[2]) & _finite_rows(_mean(made[0]))
 
     found = _usable(batch, compressed_of, finite, drop)
     if found is None:
         return None
-    kept, (scores, compressed) = found
+    kept, (logits, hidden, compressed) = found
     features = metric.transform(compressed)  # whitening is linear: one for all views
-    hidden = [item.hidden for item in scores if item.hidden is not None]
-    return Features(
-        kept,
-        features if labels == "all" else features[:, 0],
-        _mean([item.logits for item in scores]),
-        _mean(hidden) if hidden else None,
-    )
+    features = features if labels == "all" else features[:, 0]
+    return Features(kept, features, _mean(logits), _mean(hidden) if hidden else None)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
