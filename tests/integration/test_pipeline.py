@@ -25,7 +25,7 @@ def test_the_shallow_model_beats_the_briefly_trained_network(undisturbed):
     assert json.loads((output / "report" / "results.json").read_text()) == results
     page = (output / "report" / "report.html").read_text()
     assert "The linear model on Fisher features gets" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
 
 
 def test_every_stage_leaves_what_the_design_says(undisturbed):
@@ -77,6 +77,20 @@ def test_one_worker_writes_the_bytes_of_two(undisturbed, tmp_path):
     alone, whole = bits(tmp_path / "run"), bits(undisturbed[0])
     assert alone == {name: whole[name] for name in alone}
     assert "linear/weights.zarr/weight/c/0/0" in alone
+
+
+def test_sums_that_do_not_merge_by_adding_give_the_same_bytes_too(ray_session, tmp_path):
+    asked = ["compression.layers={fc0: {kind: topk}}", "metric.estimator=frequent_directions", "metric.structure=block"]
+    asked += ["metric.size=70", "metric.labels=sampled", "metric.draws=2", "metric.rank=48"]
+    written = []
+    for workers in (1, 2):
+        config = digits(tmp_path / str(workers), f"runtime.num_workers={workers}", *asked)
+        stages = pipeline.run(config, until="features")
+        written.append(bits(tmp_path / str(workers)))
+    assert written[0] == written[1]
+    assert {layer["name"] for layer in stages["basis"]["result"]["layers"]} == {"fc0", "fc1"}
+    assert [part["name"] for part in stages["metric"]["result"]["parts"]] == ["fc0", "fc1"]
+    assert stages["metric"]["result"]["rank"] == 48
 
 
 @pytest.mark.parametrize("stage", ["features/train", "linear"])
