@@ -176,7 +176,7 @@ def inspect(url: UrlArgument, debug: Debug = False) -> None:
 def _shortened(summary: dict[str, Any]) -> dict[str, Any]:
     """Leave the first and last of many eigenvalues."""
     for entry in [*summary["parts"], *summary["layers"]]:
-        values = entry["eigvals"]
+        values = [float(f"{value:.4g}") for value in entry["eigvals"]]
         entry["num_eigvals"] = len(values)
         entry["eigvals"] = values if len(values) <= 6 else [*values[:5], "…", values[-1]]
     return summary

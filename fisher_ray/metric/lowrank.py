@@ -225,13 +225,17 @@ class LowRankMetric:
         }
 
     def layer_eigvals(self, name: str) -> Tensor:
-        """Eigenvalues of one layer's diagonal block of ``U Λ Uᵀ``, descending, float64, at most ``R``."""
+        """Eigenvalues of one layer's diagonal block of ``U Λ Uᵀ``, descending and above rounding, float64.
+
+        Raises:
+            RequestError: if the metric has no such layer.
+        """
         start = 0
         for layer, basis in self.bases.items():
             if layer == name:
                 rows = (self.eigvecs * self.eigvals.sqrt())[start : start + basis.dim]
-                found: Tensor = torch.linalg.svdvals(rows).square()
-                return found
+                values: Tensor = torch.linalg.svdvals(rows).square()
+                return values[values > self.dim * torch.finfo(values.dtype).eps * float(self.eigvals.max())]
             start += basis.dim
         raise RequestError(f"the metric has no layer {name!r}; it has {', '.join(self.bases)}")
 
