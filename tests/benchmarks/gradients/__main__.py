@@ -6,7 +6,12 @@ Each workload runs twice in processes of its own: with the allocator's defaults,
 (``GLIBC_TUNABLES``), since on many machines a fresh page costs as much as the arithmetic. A ratio is the median over
 rounds of one method's time over the plain one's of the same round. Other libraries take part where they are installed:
 
-    pip install opacus backpack-for-pytorch traker
+    pip install accelerate datasets einops jaxtyping ml_dtypes natsort opt_einsum peft petname simple-parsing tqdm \\
+        transformers unfoldNd && pip install --no-deps --ignore-requires-python opacus backpack-for-pytorch traker \\
+        dattri logix-ai bergson
+
+Without their dependencies, since some would change torch for a vision library that is not needed here; LogIX names no
+Python above 3.10 and works with 3.11.
 """
 
 from __future__ import annotations
@@ -22,17 +27,20 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.gradients.methods import METHODS, SLOW
+from tests.benchmarks.gradients.methods import METHODS
+from tests.benchmarks.gradients.peers import PEERS
 from tests.benchmarks.gradients.workloads import workload
 
 TUNED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+SLOW = ("one sample at a time", "trak CPU projector")
+"""Run twice only."""
 
 
 def measure(name: str, rounds: int, only: set[str]) -> dict[str, float]:
     """Return the ratio of every method on one workload, and the plain time in milliseconds."""
     work = workload(name)
     runs = {}
-    for method, make in METHODS.items():
+    for method, make in (METHODS | PEERS).items():
         if (not only or method in only or method == "plain") and (run := make(work)) is not None:
             run()  # what is done once
             runs[method] = run

@@ -1,12 +1,13 @@
-"""What is compared: this package's ways to per-sample gradients, and other libraries' where they are installed.
+"""What is compared: this package's ways to per-sample gradients, and torch's own.
 
 Each method makes a function without arguments out of a workload: one call is one batch. None where it does not apply.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,17 @@ def projected(work: Workload) -> Run:
     engine = ScoreEngine(work.model)
     compressor = Compressor(random_bases(engine.blocks, work.width, 0), engine.blocks, next(work.model.parameters()))
     return lambda: compressor.compress(engine.of_labels(work.inputs, work.labels))
+
+
+def projected_linear(work: Workload) -> Run | None:
+    """The same of linear layers alone, which is all that the peers that project know of a transformer."""
+    if work.name != "W3":
+        return None
+    model = copy.deepcopy(work.model).requires_grad_(False)  # what is frozen is left out
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.requires_grad_(True)
+    return projected(replace(work, model=model))
 
 
 def sketched(work: Workload) -> Run:
@@ -119,95 +131,16 @@ def func_jacobian(work: Workload) -> Run | None:
     return lambda: each(parameters, work.inputs)
 
 
-def opacus(work: Workload, mode: str = "hooks") -> Run | None:
-    if importlib.util.find_spec("opacus") is None:
-        return None
-    from opacus.grad_sample import GradSampleModule
-    from opacus.grad_sample.gsm_exp_weights import GradSampleModuleExpandedWeights
-
-    torch.manual_seed(0)
-    inner = _copy(work).train()  # it looks at no layer in eval mode
-    kind = {"hooks": GradSampleModule, "expanded": GradSampleModuleExpandedWeights}[mode]
-    try:
-        model = kind(inner, loss_reduction="sum", batch_first=True)
-    except (NotImplementedError, RuntimeError):
-        return None
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        for parameter in model.parameters():
-            parameter.grad_sample = None
-        functional.cross_entropy(model(work.inputs), work.labels, reduction="sum").backward()
-
-    return run
-
-
-def opacus_expanded(work: Workload) -> Run | None:
-    return opacus(work, "expanded")
-
-
-def backpack(work: Workload) -> Run | None:
-    if importlib.util.find_spec("backpack") is None or work.name == "W3":
-        return None
-    from backpack import backpack as extending
-    from backpack import extend
-    from backpack.extensions import BatchGrad
-
-    model, loss = extend(_copy(work)), extend(nn.CrossEntropyLoss(reduction="sum"))
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        with extending(BatchGrad()):
-            loss(model(work.inputs), work.labels).backward()
-
-    return run
-
-
-def trak(work: Workload) -> Run | None:
-    """TRAK's CPU projector of gradients that ``torch.func`` makes."""
-    if importlib.util.find_spec("trak") is None or work.name != "W1":  # minutes for more parameters
-        return None
-    from trak.projectors import BasicProjector, ProjectionType
-
-    gradients = func_gradients(work)
-    size = sum(parameter.numel() for parameter in work.model.parameters())
-    projector = BasicProjector(
-        grad_dim=size,
-        proj_dim=SKETCH_DIM,
-        seed=0,
-        proj_type=ProjectionType.rademacher,
-        device=torch.device("cpu"),
-        block_size=256,
-    )
-
-    def run() -> Any:
-        flat = torch.cat([value.flatten(1) for value in gradients().values()], dim=1)
-        return projector.project(flat, model_id=0)
-
-    return run
-
-
-def _copy(work: Workload) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(work.model)
-
-
 METHODS: dict[str, Callable[[Workload], Run | None]] = {
     "plain": plain,
     "factors": factors,
     "exact": exact,
     "projected": projected,
+    "projected linear layers": projected_linear,
     "sketched": sketched,
     "all classes": all_classes,
     "all classes compressed": all_classes_compressed,
     "torch.func vmap(grad)": func_gradients,
     "torch.func vmap(jacrev)": func_jacobian,
-    "opacus hooks": opacus,
-    "opacus expanded weights": opacus_expanded,
-    "backpack": backpack,
     "one sample at a time": one_at_a_time,
-    "trak CPU projector": trak,
 }
-SLOW = ("one sample at a time", "trak CPU projector")
-"""Run twice only."""
