@@ -91,13 +91,13 @@ def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
     shown = sorted(whole, key=lambda layer: -sum(layer["eigvals"]))[:MOST_LAYERS]
     figure, axes = _start(3.4)
     floor = 1e-8 * max(layer["eigvals"][0] for layer in shown)
-    for layer, dashes in zip(shown, itertools.cycle(_DASHES), strict=False):
+    looks = itertools.product(_DASHES, (_ACCENT, _INK, _BAR))
+    for layer, (dashes, color) in zip(shown, looks, strict=False):
         positive = [value for value in layer["eigvals"] if value > floor]
-        axes.loglog(range(1, len(positive) + 1), positive, color=_INK, linestyle=dashes, linewidth=1.4)
-        where = (len(positive), positive[-1])
-        axes.annotate(_plain(layer["name"]), where, (3, 0), textcoords="offset points", va="center", fontsize=8)
+        name = _plain(layer["name"]).lstrip("_")  # a name that begins so would not be in the legend
+        axes.loglog(range(1, len(positive) + 1), positive, color=color, linestyle=dashes, linewidth=1.6, label=name)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
     axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the layer's block")
-    axes.margins(x=0.18)
     axes.grid(True, linewidth=0.5)
     text = "; ".join(f"{layer['name']} from {layer['eigvals'][0]:.2g}" for layer in shown)
     return _svg(figure, "layers", f"Line chart on logarithmic axes of each layer's eigenvalues: {text}.")
