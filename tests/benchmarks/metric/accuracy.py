@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,16 @@ def fit_metric(bases: dict, settings: MetricConfig, scores: Tensor, num_rows: in
     return LowRankMetric(bases, *sums.decompose(sums.to_arrays()), {})
 
 
+def cut(metric: LowRankMetric, rank: int) -> LowRankMetric:
+    """Keep the ``rank`` largest eigenvalues over all parts."""
+    smallest = metric.eigvals.sort(descending=True).values[rank - 1]
+    parts = []
+    for part in metric.parts:
+        count = int((part.eigvals >= smallest).sum())
+        parts += [replace(part, eigvals=part.eigvals[:count], eigvecs=part.eigvecs[:, :count])] if count else []
+    return replace(metric, parts=tuple(parts))
+
+
 def main() -> None:
     """Measure, print a line for each metric, write JSON and a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,10 +175,16 @@ def main() -> None:
                 found.append({"compression": "none, the last hidden layer alone", "rank": 0})
                 found[0]["accuracy"], found[0]["penalty"] = ridge(hidden_kernel, labels, options.train_rows)
                 print(found[0], flush=True)
-        for rank in [rank for rank in ranks if rank <= scores.shape[2]]:
+        ranks = [rank for rank in ranks if rank <= scores.shape[2]]
+        exact = estimator in ("exact", "diagonal")
+        for rank in ranks:
             start = time.perf_counter()
-            settings = MetricConfig(estimator=estimator, structure=structure, rank=rank)
-            metric = fit_metric(bases, settings, scores, options.metric_rows)
+            if not exact or rank == ranks[0]:  # a damping number: columns that are standardised do not show it
+                settings = MetricConfig(
+                    estimator=estimator, structure=structure, rank=ranks[-1] if exact else rank, damping=0.1
+                )
+                whole = fit_metric(bases, settings, scores, options.metric_rows)
+            metric = cut(whole, rank)
             kernel = kernel_of(metric, scores, options.train_rows)
             accuracy, penalty = ridge(kernel, labels, options.train_rows)
             both, _ = ridge(kernel + hidden_kernel, labels, options.train_rows)
