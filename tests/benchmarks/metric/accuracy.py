@@ -1,6 +1,6 @@
 """Accuracy of the linear model on CIFAR-10 by rank, compression and structure of the metric, at equal feature size.
 
-    python -m tests.benchmarks.metric.accuracy [--data FOLDER] [--output FOLDER] [--train-rows 4000] [--test-rows 5000]
+    python -m tests.benchmarks.metric.accuracy [--data FOLDER] [--output FOLDER] [--train-rows 8000] [--test-rows 4000]
 
 The base network is that of ``jobs/configs/cifar10.yaml``, trained once and kept in the output folder. Its scores are
 compressed once for each compression; every metric is fitted on the first rows of the shallow split, and ridge
@@ -38,8 +38,8 @@ RANKS = (64, 256, 1024, 4096)
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WAYS = [
     ("kronecker", "exact", "global", RANKS),
-    ("kronecker", "exact", "adjacent", RANKS),
-    ("kronecker", "exact", "block", RANKS),
+    ("kronecker", "exact", "adjacent", RANKS[:3]),
+    ("kronecker", "exact", "block", RANKS[:3]),
     ("kronecker", "diagonal", "global", RANKS),
     ("kronecker", "nystrom", "global", (256, 1024)),
     ("kronecker", "frequent_directions", "global", (256, 1024)),
@@ -100,11 +100,22 @@ def ridge(kernel: Tensor, labels: Tensor, num_train: int) -> tuple[float, float]
 
 
 def _solve(kernel: Tensor, targets: Tensor, fit: int, rows: slice, penalty: float) -> Tensor:
-    square = kernel[:fit, :fit].double()
-    square.diagonal().add_(penalty * fit)
-    mean = targets[:fit].mean(0)
-    weights = torch.cholesky_solve(targets[:fit] - mean, torch.linalg.cholesky(square))
-    return kernel[rows, :fit].double() @ weights + mean
+    """Predict rows by conjugate gradients on the dual problem, all classes at once, to a residual of 1e-4."""
+    square, mean = kernel[:fit, :fit], targets[:fit].mean(0)
+    wanted = (targets[:fit] - mean).float()
+    weights, residual = torch.zeros_like(wanted), wanted.clone()
+    direction, norms = residual.clone(), residual.square().sum(0)
+    limit = 1e-8 * norms
+    for _ in range(500):
+        moved = square @ direction + penalty * fit * direction
+        step = norms / (direction * moved).sum(0)
+        weights += step * direction
+        residual -= step * moved
+        before, norms = norms, residual.square().sum(0)
+        if bool((norms <= limit).all()):
+            break
+        direction = residual + norms / before * direction
+    return (kernel[rows, :fit] @ weights).double() + mean
 
 
 def standardised(features: Tensor, num_train: int) -> Tensor:
@@ -146,8 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.path.abspath("../shared/data/cifar10"))
     parser.add_argument("--output", default="runs/metric-accuracy")
-    parser.add_argument("--train-rows", type=int, default=4000)
-    parser.add_argument("--test-rows", type=int, default=5000)
+    parser.add_argument("--train-rows", type=int, default=8000)
+    parser.add_argument("--test-rows", type=int, default=4000)
     parser.add_argument("--metric-rows", type=int, default=2500)
     parser.add_argument("--dim", type=int, default=4096)
     options = parser.parse_args()
