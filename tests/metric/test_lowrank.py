@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from fisher_ray.errors import ModelError, StoreError
 from fisher_ray.metric import LowRankMetric, Part
 from fisher_ray.records import LayerSketch
 from fisher_ray.store import ArraySpec, StoreSpec, create_store, save_arrays
 from tests.gradients.networks import make
-from tests.metric.fitting import compress, decompose, fit, kronecker_bases, whole_bases
+from tests.metric.fitting import compress, decompose, fit, kronecker_bases
+from tests.metric.reparametrised import spread_matrix
 from tests.reference import metric as reference
 
 
@@ -34,14 +34,6 @@ def metric_of(fisher, rank, damping):
 
 def with_damping(metric, damping):
     return replace(metric, parts=tuple(replace(part, damping=damping) for part in metric.parts))
-
-
-def spread_matrix(generator, dim, decades):
-    """A random square matrix whose singular values go over so many decades."""
-    left, right = (
-        torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0] for _ in range(2)
-    )
-    return left * torch.logspace(0, -decades, dim, dtype=torch.float64) @ right
 
 
 def assert_same_bits(actual, expected):
@@ -136,70 +128,6 @@ def test_the_undamped_kernel_does_not_change_under_a_linear_change_of_coordinate
     after = metric_of((moved @ moved.T).numpy(), dim, 0.0).kernel(a @ change.T, b @ change.T)
 
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6 * float(before.abs().max()))
-
-
-class Fixed(nn.Module):
-    """A linear map that is no parameter."""
-
-    def __init__(self, matrix):
-        super().__init__()
-        self.register_buffer("matrix", matrix)
-
-    def forward(self, x):
-        return x @ self.matrix.T
-
-
-def rescaled(generator, factor=7.0):
-    """A ReLU network, and the same with one layer's weights times a factor and the next ones' by it."""
-    first, second = (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double() for _ in range(2))
-    with torch.no_grad():
-        for parameter in first.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        second.load_state_dict(first.state_dict())
-        for parameter in second[0].parameters():
-            parameter.mul_(factor)
-        second[2].weight.div_(factor)
-    return first, second
-
-
-def sandwiched(generator):
-    """A network whose layer has weights ``W``, and the same with ``A W B`` between fixed layers that undo it."""
-    a, b = spread_matrix(generator, 5, 1), spread_matrix(generator, 4, 1)
-    first, second = (
-        nn.Sequential(Fixed(before), nn.Linear(4, 5), Fixed(after), nn.Tanh(), nn.Linear(5, 3)).double()
-        for before, after in ((torch.eye(4), torch.eye(5)), (torch.linalg.inv(b), torch.linalg.inv(a)))
-    )
-    with torch.no_grad():
-        for parameter in first.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        second.load_state_dict({**second.state_dict(), **dict(first.named_parameters())})
-        second[1].weight.copy_(a @ first[1].weight @ b)
-        second[1].bias.copy_(a @ first[1].bias)
-    return first, second
-
-
-@pytest.mark.parametrize("reparametrise", [rescaled, sandwiched])
-@pytest.mark.parametrize("compression", ["identity", "kronecker"])
-def test_the_undamped_kernel_does_not_change_under_a_reparametrisation_of_the_network(reparametrise, compression):
-    # 100 samples of 3 classes reach every direction of the 43 parameters that changes the network at all
-    generator = torch.Generator().manual_seed(3)
-    models = reparametrise(generator)
-    inputs, fresh = torch.randn(2, 100, 4, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(models[0](inputs), models[1](inputs), rtol=1e-10, atol=1e-10)
-
-    undamped, damped, ranks = [], [], []
-    for model in models:
-        bases = whole_bases(model) if compression == "identity" else kronecker_bases(model, inputs, 43)
-        metric, scores = fit(model, inputs, bases, 43, 0.0), compress(model, fresh, bases).flatten(0, 1)
-        undamped.append(metric.kernel(scores, scores))
-        damped.append(with_damping(metric, 0.1 * float(metric.eigvals.mean())).kernel(scores, scores))
-        ranks.append(metric.rank)
-
-    # six directions shift all logits alike; a ReLU network has five more, one factor for each hidden unit
-    assert ranks == [32, 32] if reparametrise is rescaled else [37, 37]
-    largest = float(undamped[0].abs().max())
-    torch.testing.assert_close(undamped[1], undamped[0], rtol=0, atol=1e-7 * largest)
-    assert float((damped[1] - damped[0]).abs().max()) > 0.01 * largest  # so this is no property of any kernel
 
 
 def test_scores_with_other_coordinates_are_refused(fitted):

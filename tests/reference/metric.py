@@ -113,3 +113,8 @@ def held_out_loss(fitted: np.ndarray, held: np.ndarray, rank: int, damping: floa
 def damped_kernel(a: np.ndarray, b: np.ndarray, fisher: np.ndarray, damping: float) -> np.ndarray:
     """``aᵀ (F + δ I)⁻¹ b`` for all rows of ``a`` and ``b``."""
     return a @ np.linalg.inv(fisher + damping * np.eye(len(fisher))) @ b.T
+
+
+def undamped_kernel(a: np.ndarray, b: np.ndarray, fisher: np.ndarray) -> np.ndarray:
+    """``aᵀ F⁺ b`` for all rows of ``a`` and ``b``; eigenvalues below 1e-11 of the largest count as zero."""
+    return a @ np.linalg.pinv(fisher, rcond=1e-11, hermitian=True) @ b.T
