@@ -165,7 +165,7 @@ class CompressionConfig(_Section):
 class AbsoluteDamping(_Section):
     """Damping in the eigenvalues' own unit."""
 
-    absolute: Annotated[float, Field(ge=0)]
+    absolute: Annotated[float, Field(ge=0, strict=True)]
 
 
 class MetricConfig(_Section):
@@ -179,12 +179,12 @@ class MetricConfig(_Section):
     rank: PositiveInt = 1024
     size: PositiveInt | None = None
     """Of the sketch of ``nystrom`` or ``frequent_directions``; twice the rank if left out."""
-    damping: Literal["auto"] | Annotated[float, Field(ge=0)] | AbsoluteDamping = "auto"
+    damping: Literal["auto"] | Annotated[float, Field(ge=0, strict=True)] | AbsoluteDamping = "auto"
     """Relative to the mean eigenvalue; ``{absolute: x}`` in its own unit; ``auto`` minimises the held-out log-det
     divergence. With ``structure: block`` each layer has its own."""
     labels: Labels | None = None
     """Whose scores the metric is of: ``all``, the exact Fisher; ``sampled``, a Monte Carlo estimate; ``true``, the
-    empirical Fisher. As ``scores.labels`` if left out."""
+    empirical Fisher; ``uniform``, of labels that are all as likely. As ``scores.labels`` if left out."""
     draws: PositiveInt = 1
     """Labels drawn for each sample, where they are drawn."""
     centered: bool = False
@@ -205,7 +205,20 @@ class MetricConfig(_Section):
             raise ValueError(f"size {self.size} of the sketch is less than rank {self.rank}")
         if self.centered and self.estimator == "frequent_directions":
             raise ValueError("frequent_directions cannot subtract the mean: take another estimator, or centered: false")
+        if self.labels is not None:
+            self.check_labels(self.labels)
         return self
+
+    def check_labels(self, labels: str) -> None:
+        """Refuse options that have no meaning for these labels.
+
+        Raises:
+            ValueError: if there are some.
+        """
+        if self.centered and labels == "all":
+            raise ValueError("centered: over all classes the mean score is zero. Leave it out, or draw labels.")
+        if self.draws > 1 and labels not in ("sampled", "uniform"):
+            raise ValueError(f"draws {self.draws}: labels {labels!r} are not drawn")
 
 
 class StoreConfig(_Section):
@@ -273,10 +286,7 @@ class Config(_Section):
         if self.runtime.unit_rows % self.store.chunk_rows:
             rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
             raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
-        if self.metric.centered and self.metric_labels == "all":
-            raise ValueError("metric.centered: over all classes the mean score is zero. Leave it out, or draw labels.")
-        if self.metric.draws > 1 and self.metric_labels not in ("sampled", "uniform"):
-            raise ValueError(f"metric.draws {self.metric.draws}: labels {self.metric_labels!r} are not drawn")
+        self.metric.check_labels(self.metric_labels)
         if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
             raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")
         if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
@@ -296,6 +306,8 @@ class Config(_Section):
         """
         values = self.model_dump(mode="json", exclude={"output": True, "data": {"root"}, "model": {"checkpoint"}})
         del values["data"]["on_error"]
+        layers = values["compression"]["layers"]
+        values["compression"]["layers"] = [[glob, layers[glob]] for glob in self.compression.layers]  # the order counts
         for key in ("num_workers", "gpus_per_worker", "max_attempts", "wait_s"):
             del values["runtime"][key]
         return values

@@ -106,3 +106,15 @@ def test_the_projection_of_a_step_is_what_the_damped_fisher_says():
     made = fisher_ray.features(model, metric, inputs[:5]).flatten(0, 1) @ fisher_ray.project(model, metric, vector)
     expected = reference.damped_kernel(rows[: 5 * 5], v, fisher, metric.damping)[:, 0]
     torch.testing.assert_close(made, torch.from_numpy(expected), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("compression", WAYS)
+def test_a_direction_of_another_dtype_is_taken_in_the_factors(compression):
+    model, inputs = networks.make("mlp", 12)
+    model, inputs = model.float(), inputs.float()
+    metric = fisher_ray.fit_metric(model, inputs, compression=compression, dim=40, rank=20)
+    vector = {name: value.detach() for name, value in model.named_parameters()}
+    expected = fisher_ray.project(model, metric, vector)
+    made = fisher_ray.project(model, metric, {name: value.double() for name, value in vector.items()})
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made, expected)

@@ -190,6 +190,14 @@ def test_parts_with_dampings_of_their_own_and_many_layers_are_drawn(tmp_path):
     assert "The 8 layers that have most of it" in outline.text
 
 
+def test_a_layer_far_below_the_others_is_left_out_of_the_figure(tmp_path):
+    metric = copy.deepcopy(DETAILS["metric"])
+    metric["layers"] = [*metric["layers"], {**metric["layers"][0], "name": "faint", "eigvals": [1e-9]}]
+    metric["layers"].append({**metric["layers"][0], "name": "empty", "eigvals": []})
+    labels = Outline(page(tmp_path, details={**DETAILS, "metric": metric})).labels
+    assert any("conv1 from 2; head from 0.5." in label for label in labels)
+
+
 def test_what_was_not_run_is_shown_as_such_and_gradnet_only_when_it_was(tmp_path):
     results = copy.deepcopy(RESULTS)
     results["accuracy"].update(linear_probe=None, trained_on=None, gradnet=0.59)

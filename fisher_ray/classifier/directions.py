@@ -27,7 +27,8 @@ def project(model: nn.Module, metric: LowRankMetric, vector: Mapping[str, Tensor
     engine, compressor = _parts(model, metric)
     blocks = [block for block in engine.blocks if block.name in metric.bases]
     with torch.no_grad():
-        parts = [compressor.compress_gradient(block, block.join(vector)) for block in blocks]
+        like = engine.like
+        parts = [compressor.compress_gradient(block, block.join(vector).to(like)) for block in blocks]
         return metric.transform(torch.cat(parts))
 
 
@@ -47,8 +48,8 @@ def parameter_directions(model: nn.Module, metric: LowRankMetric, features: Tens
         left out.
 
     Raises:
-        ModelError: if the metric belongs to another network, or ``R`` is not its rank.
-        RequestError: if a layer was compressed by ``topk``, which cannot be undone.
+        ModelError: when the first is asked for, if the metric belongs to another network, or ``R`` is not its rank.
+        RequestError: likewise, if a layer was compressed by ``topk``, which cannot be undone.
     """
     engine, compressor = _parts(model, metric)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -70,4 +71,4 @@ def parameter_directions(model: nn.Module, metric: LowRankMetric, features: Tens
 
 def _parts(model: nn.Module, metric: LowRankMetric) -> tuple[ScoreEngine, Compressor]:
     engine = ScoreEngine(model, metric.attributes.get("parameters", "*"))
-    return engine, Compressor(metric.bases, engine.blocks, next(model.parameters()))
+    return engine, Compressor(metric.bases, engine.blocks, engine.like)

@@ -41,10 +41,16 @@ class FeatureMap:
         precision = precision_of(metric.attributes.get("precision", "float32"))
         parameters = metric.attributes.get("parameters", "*")
         self._engine = ScoreEngine(model, parameters, likelihood_of(likelihood), precision)
+        self._compressors: dict[tuple[torch.dtype, torch.device], Compressor] = {}
         self._compressor()  # refuses another network
 
     def _compressor(self) -> Compressor:
-        return Compressor(self._metric.bases, self._engine.blocks, self._engine.like)
+        """Return what compresses where the network is now, made once and kept."""
+        like = self._engine.like
+        key = like.dtype, like.device
+        if key not in self._compressors:
+            self._compressors[key] = Compressor(self._metric.bases, self._engine.blocks, like)
+        return self._compressors[key]
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.

@@ -56,6 +56,7 @@ def fit_metric(
     rank: int | None = None,
     size: int | None = None,
     damping: float | Literal["auto"] | Mapping[str, float] = "auto",
+    metric_labels: Labels | None = None,
     draws: int = 1,
     centered: bool = False,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -82,6 +83,7 @@ def fit_metric(
         size: of the sketch of ``nystrom`` or ``frequent_directions``; by default twice the rank.
         damping: relative to the mean eigenvalue; ``{"absolute": x}`` in its own unit; or ``auto``: see
             :func:`fisher_ray.metric.held_out_damping`.
+        metric_labels: whose scores the metric is of, if not those of ``labels``, which features are made of.
         draws: labels drawn for each sample, where they are drawn.
         centered: whether the mean score's outer product is subtracted.
         precision: of the network's forward and backward, here and where the metric is used; half precisions by
@@ -97,24 +99,23 @@ def fit_metric(
         RequestError: if an option is wrong, or ``data`` is no tensors or can be read only once.
     """
     _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
-    _check_numbers(dim, rank, damping)
     check_data(data)
     engine = ScoreEngine(model, parameters, likelihood_of(likelihood), precision_of(precision))
     like, shapes = next(model.parameters()), engine.block_shapes
     compressing = CompressionConfig.checked({"kind": compression, "dim": dim, "layers": layers or {}, "share": share})
-    rank = rank or plan_compression(compressing, shapes).dim
+    of, rank = metric_labels or labels, plan_compression(compressing, shapes).dim if rank is None else rank
     options = {"rank": rank, "size": size, "damping": damping, "draws": draws, "centered": centered}
-    settings = MetricConfig.checked({"estimator": estimator, "structure": structure, "labels": labels, **options})
+    settings = MetricConfig.checked({"estimator": estimator, "structure": structure, "labels": of, **options})
     moments, plans = None, plan(compressing, settings, shapes)
     if plans.with_moments:
-        read = batches(data, labels, like, likelihood)
-        moments = kronecker_pass(engine, plans.with_moments, read, labels, seed, _refuse_row, draws=draws)
+        read = batches(data, of, like, likelihood)
+        moments = kronecker_pass(engine, plans.with_moments, read, of, seed, _refuse_row, draws=draws)
     bases = choose_compression(compressing, engine.blocks, moments, seed)
     sums = FisherSum(settings, {name: basis.dim for name, basis in bases.items()}, seed)
-    compressor, read = Compressor(bases, engine.blocks, engine.like), batches(data, labels, like, likelihood)
-    arrays = fisher_pass(engine, compressor, sums, read, labels, seed, _refuse_row, draws=draws)
-    attributes: dict[str, Any] = {"labels": labels, "parameters": engine.selection, "precision": precision}
-    attributes |= {"estimator": estimator, "structure": structure}
+    compressor, read = Compressor(bases, engine.blocks, engine.like), batches(data, of, like, likelihood)
+    arrays = fisher_pass(engine, compressor, sums, read, of, seed, _refuse_row, draws=draws)
+    attributes: dict[str, Any] = {"labels": labels, "metric_labels": of, "parameters": engine.selection}
+    attributes |= {"estimator": estimator, "structure": structure, "precision": precision}
     attributes["likelihood"] = likelihood if isinstance(likelihood, str) else CUSTOM
     return LowRankMetric(bases, *sums.decompose(arrays), attributes)
 
@@ -254,17 +255,6 @@ def _check_choices(**choices: str) -> None:
     for name, value in choices.items():
         if value not in (known := get_args(_CHOICES[name])):
             raise RequestError(f"{name} {value!r} is not one of {', '.join(known)}")
-
-
-def _check_numbers(dim: int, rank: int | None, damping: object) -> None:
-    if dim <= 0 or (rank is not None and rank <= 0):
-        raise RequestError(f"dim {dim} and rank {rank} are not both positive")
-    if (
-        damping != "auto"
-        and not isinstance(damping, Mapping)
-        and not (isinstance(damping, int | float) and 0 <= damping < math.inf)
-    ):
-        raise RequestError(f"damping {damping!r} is not auto or a number >= 0")
 
 
 def _fingerprints(model: nn.Module, metric: LowRankMetric, inputs: Tensor, labels: Tensor) -> dict[str, str]:

@@ -65,7 +65,8 @@ def plan_compression(config: CompressionConfig, shapes: Shapes) -> Plans:
         shapes: ``(O, A)`` by layer, in the network's order.
 
     Raises:
-        ConfigError: if a glob matches no layer, or the layers that are fixed leave nothing for the others.
+        ConfigError: if a glob matches no layer that is left to it, or the layers that are fixed leave nothing for the
+            others.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     asked = {name: _asked(config, name) for name in shapes}
@@ -78,10 +79,10 @@ def plan_compression(config: CompressionConfig, shapes: Shapes) -> Plans:
             fixed[name] = min(dim, sizes[name])
     rest = {name: size for name, size in sizes.items() if name not in fixed}
     left = min(config.dim - sum(fixed.values()), sum(rest.values()))
-    if rest and left < 1:
+    if (left < 1 if rest else left < 0) and any(kind != "identity" for kind, _ in asked.values()):
         raise ConfigError(
             f"compression.dim {config.dim}: the layers with a number of coordinates of their own take "
-            f"{sum(fixed.values())}, and {len(rest)} others are left without. Raise it, or give those a kind and a dim."
+            f"{sum(fixed.values())}, and there are {len(rest)} others. Raise it, or lower theirs."
         )
     shares = spread(left, rest)
     together = {name for name in rest if asked[name][0] == "kronecker"}
@@ -98,11 +99,17 @@ def _asked(config: CompressionConfig, name: str) -> tuple[Kind, int | None]:
 
 
 def _refuse_unmatched(config: CompressionConfig, shapes: Shapes) -> None:
+    left = list(shapes)
     for pattern in config.layers:
         if not any(fnmatchcase(name, pattern) for name in shapes):
             raise ConfigError(
                 f"compression.layers: {pattern!r} matches none of the layers, which are {', '.join(shapes)}"
             )
+        if not any(fnmatchcase(name, pattern) for name in left):
+            raise ConfigError(
+                f"compression.layers: what {pattern!r} matches, an earlier one has matched. Put the narrower one first."
+            )
+        left = [name for name in left if not fnmatchcase(name, pattern)]
 
 
 def spread(total: int, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -104,10 +104,10 @@ def choose_bases(
     Returns:
         float32 bases by block name, the coordinates of each in descending order of their products; eigenvectors have
         their signs fixed as in :func:`fisher_ray.metric.symmetric.eigh_descending`. A block with no kept coordinate is
-        left out.
+        left out, and all of them are where every score is zero.
 
     Raises:
-        DataError: if the sums hold no rows, are not finite or are all zero.
+        DataError: if the sums hold no rows or are not finite.
     """
     if not sums:
         raise DataError("the Kronecker sums have no rows: all were skipped, or there are none")
@@ -123,8 +123,6 @@ def choose_bases(
     for name, number in own.items():
         if name in decomposed:
             kept |= _largest({name: decomposed[name][2]}, number)
-    if not any(len(chosen) for chosen in kept.values()):
-        raise DataError("every score is zero: the Fisher metric has no direction. Is the network's output constant?")
     vectors = {name: (vectors_in, vectors_out) for name, (vectors_in, vectors_out, _) in decomposed.items()}
     return {name: _basis(name, *vectors[name], kept[name]) for name in vectors if len(kept[name])}
 

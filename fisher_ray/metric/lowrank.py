@@ -56,8 +56,8 @@ class LayerTrace:
         name: the layer's.
         num_coordinates: that the compression gives it.
         trace: of its compressed coordinates' Fisher.
-        kept: share of its scores' squared norm that these hold, estimated on a few samples of each unit; about 1, and
-            sometimes above, where the compression is random.
+        kept: share of its scores' squared norm that these hold, estimated on the first few samples of each unit; about
+            1, and sometimes above, where the compression is random.
     """
 
     name: str
@@ -187,7 +187,7 @@ class LowRankMetric:
         """Damped Fisher kernel of compressed scores: ``(..., M, D)``, ``(..., N, D)`` -> ``(..., M, N)``."""
         return self.transform(a) @ self.transform(b).transpose(-1, -2)
 
-    def kernels(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    def kernels_by_block(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
         """Each part's kernel, by name: they add up to :meth:`kernel`."""
         pairs = zip(self._transformed(a), self._transformed(b), strict=True)
         return {name: left @ right.transpose(-1, -2) for (name, left), (_, right) in pairs}
@@ -230,14 +230,19 @@ class LowRankMetric:
         Raises:
             RequestError: if the metric has no such layer.
         """
+        if name not in self.bases:
+            raise RequestError(f"the metric has no layer {name!r}; it has {', '.join(self.bases)}")
         start = 0
         for layer, basis in self.bases.items():
             if layer == name:
-                rows = (self.eigvecs * self.eigvals.sqrt())[start : start + basis.dim]
+                break
+            start += basis.dim
+        for part in self.parts:
+            if part.start <= start < part.stop:
+                rows = part.eigvecs[start - part.start :][: self.bases[name].dim] * part.eigvals.sqrt()
                 values: Tensor = torch.linalg.svdvals(rows).square()
                 return values[values > self.dim * torch.finfo(values.dtype).eps * float(self.eigvals.max())]
-            start += basis.dim
-        raise RequestError(f"the metric has no layer {name!r}; it has {', '.join(self.bases)}")
+        return torch.zeros(0, dtype=torch.float64)  # all its eigenvalues are zero, or smaller than the kept ones
 
     def save(self, url: str) -> None:
         """Write a sealed Zarr group with checksums to ``url`` (a local path or ``s3://``)."""

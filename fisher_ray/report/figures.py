@@ -85,12 +85,13 @@ def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
     """Draw the eigenvalues of the layers' own blocks of the metric, on logarithmic axes.
 
     Args:
-        layers: each with ``name`` and ``eigvals``; of more than :data:`MOST_LAYERS`, those of the largest sums.
+        layers: each with ``name`` and ``eigvals``; of more than :data:`MOST_LAYERS`, those of the largest sums. What
+            is below ``1e-8`` of the largest of all is left out.
     """
-    whole = [layer for layer in layers if any(value > 0 for value in layer["eigvals"])]
+    floor = 1e-8 * max(max(layer["eigvals"], default=0.0) for layer in layers)
+    whole = [layer for layer in layers if any(value > floor for value in layer["eigvals"])]
     shown = sorted(whole, key=lambda layer: -sum(layer["eigvals"]))[:MOST_LAYERS]
     figure, axes = _start(3.4)
-    floor = 1e-8 * max(layer["eigvals"][0] for layer in shown)
     looks = itertools.product(_DASHES, (_ACCENT, _INK, _BAR))
     for layer, (dashes, color) in zip(shown, looks, strict=False):
         positive = [value for value in layer["eigvals"] if value > floor]

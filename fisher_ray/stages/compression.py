@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fisher_ray.config import CompressionConfig, MetricConfig
-from fisher_ray.errors import ConfigError
+from fisher_ray.errors import ConfigError, DataError
 from fisher_ray.gradients import Block, random_basis
 from fisher_ray.metric import Plans, choose_bases, plan_compression, sketches
 from fisher_ray.records import Compression
@@ -31,11 +31,7 @@ def plan(compression: CompressionConfig, metric: MetricConfig, shapes: Mapping[s
         ConfigError: if they are, or as :func:`fisher_ray.metric.plan_compression`.
     """
     plans = plan_compression(compression, shapes)
-    dim, size = plans.dim, metric.size or 2 * metric.rank
-    widths = {"exact": dim, "nystrom": min(size, dim), "frequent_directions": min(size, dim), "diagonal": 1}
-    if metric.structure == "block" and metric.estimator == "exact":
-        widths["exact"] = max(entry.dim or plans.shared for entry in plans.layers.values())
-    width = max(widths[metric.estimator], min(metric.rank, dim))
+    dim, width = plans.dim, max(sum_width(plans, metric), min(metric.rank, plans.dim))
     if 8 * dim * width > MAX_BYTES:
         raise ConfigError(
             f"compression gives {dim} coordinates: with metric.estimator {metric.estimator} and rank {metric.rank} the "
@@ -44,6 +40,15 @@ def plan(compression: CompressionConfig, metric: MetricConfig, shapes: Mapping[s
             "parameters (scores.parameters)."
         )
     return plans
+
+
+def sum_width(plans: Plans, metric: MetricConfig) -> int:
+    """Return how many numbers a coordinate takes in the sums of the metric's estimator, at most."""
+    size = min(metric.size or 2 * metric.rank, plans.dim)
+    widths = {"exact": plans.dim, "nystrom": size, "frequent_directions": size, "diagonal": 1}
+    if metric.structure == "block" and metric.estimator == "exact":
+        widths["exact"] = max(entry.dim or plans.shared for entry in plans.layers.values())
+    return widths[metric.estimator]
 
 
 def choose_compression(
@@ -59,7 +64,7 @@ def choose_compression(
 
     Raises:
         ConfigError: as :func:`fisher_ray.metric.plan_compression`.
-        DataError: as :func:`fisher_ray.metric.choose_bases`.
+        DataError: as :func:`fisher_ray.metric.choose_bases`; or if every score is zero.
     """
     shapes = shapes_of(blocks)
     plans = plan_compression(config, shapes)
@@ -72,6 +77,8 @@ def choose_compression(
         plan = plans.layers[block.name]
         if plan.kind == "random" and plan.dim:
             found[block.name] = random_basis(block, *_sides(plan.dim, *shapes[block.name]), seed)
+    if not found:
+        raise DataError("every score is zero: the Fisher metric has no direction. Is the network's output constant?")
     return {name: found[name] for name in shapes if name in found}
 
 

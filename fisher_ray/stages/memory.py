@@ -48,9 +48,8 @@ def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> i
 def _count(config: Config, engine: ScoreEngine, inputs: Tensor, size: int) -> int:
     zeros = torch.zeros(size, dtype=torch.int64)
     batch = Batch(inputs[zeros], zeros, torch.arange(size))
-    like = next(engine.model.parameters())
     with_moments = plan_compression(config.compression, engine.block_shapes).with_moments
-    compressor = Compressor(stand_in(config.compression, engine.blocks), engine.blocks, like)
+    compressor = Compressor(stand_in(config.compression, engine.blocks), engine.blocks, engine.like)
 
     passes = [(config.scores.labels, 1), (config.metric_labels, config.metric.draws)]
 

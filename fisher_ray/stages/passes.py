@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisher_ray.config import Config
 from fisher_ray.gradients import Compressor, ScoreEngine, Scores, square_norms
-from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric
+from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric, zero_sums
 from fisher_ray.records import Batch
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.halving import Halvings
@@ -103,14 +103,19 @@ def kronecker_pass(
     def scores_of(part: Batch) -> tuple[Batch, Scores] | None:
         return _usable(part, lambda some: batch_scores(engine, some, labels, seed, draws), _finite_factors, drop)
 
+    seen = False
+
     def add(found: tuple[Batch, Scores] | None) -> None:
+        nonlocal seen
+        seen = seen or found is not None
         for item in found[1].factors if found else ():
             if item.block.name in layers:
                 item.add_moments(sums)
 
     for batch in batches:
         halvings.each(batch, scores_of, add)
-    return sums.to_arrays()
+    unreached = zero_sums({name: engine.block_shapes[name] for name in layers}) if seen else {}
+    return {**unreached, **sums.to_arrays()}
 
 
 def fisher_pass(

@@ -12,6 +12,7 @@ from fisher_ray.config import Config
 from fisher_ray.data import choose_units, plan_units
 from fisher_ray.metric import plan_compression
 from fisher_ray.records import Batch, Unit
+from fisher_ray.stages.compression import sum_width
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.networks import build_network
 from fisher_ray.stages.passes import batch_scores
@@ -94,10 +95,11 @@ def _dim(config: Config, facts: Facts) -> int:
 
 def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> dict[str, int]:
     dim, hidden = _dim(config, facts), facts.hidden or 0
+    width = sum_width(plan_compression(config.compression, facts.block_shapes), config.metric)
     factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
     scores = facts.num_classes if config.scores.labels == "all" else 1
     return {
-        "metric": 8 * (2 * factors + 4 * dim**2) + 4 * facts.micro_batch * scores * dim,
+        "metric": 8 * (2 * factors + 4 * dim * width) + 4 * facts.micro_batch * scores * dim,
         "features": 8 * config.runtime.unit_rows * (features + hidden),
         "linear": 8 * 4 * columns**2,
     }

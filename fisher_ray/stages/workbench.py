@@ -81,7 +81,7 @@ class Workbench:
     @cached_property
     def compressor(self) -> Compressor:
         """What compresses scores."""
-        return Compressor(self.bases, self.engine.blocks, self._like)
+        return Compressor(self.bases, self.engine.blocks, self.engine.like)
 
     def new_fisher_sum(self) -> FisherSum:
         """Return a sum of the Fisher without samples."""
@@ -92,10 +92,6 @@ class Workbench:
     def metric(self) -> LowRankMetric:
         """The metric."""
         return LowRankMetric.load(self.url("metric.zarr"))
-
-    @property
-    def _like(self) -> torch.Tensor:
-        return torch.zeros((), device=self.device)
 
 
 def score_engine(config: Config, model: nn.Module) -> ScoreEngine:

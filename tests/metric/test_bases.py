@@ -75,7 +75,9 @@ def test_identity_keeps_every_entry_whatever_the_budget():
     ("asked", "words"),
     [
         ({"layers": {"c*": {"dim": 3}}}, r"'c\*' matches none of the layers, which are a.weight, a.bias, b"),
-        ({"dim": 30, "layers": {"b": {"dim": 30}}}, r"compression.dim 30: .* take 30, and 2 others are left without"),
+        ({"dim": 30, "layers": {"b": {"dim": 30}}}, r"compression.dim 30: .* take 30, and there are 2 others"),
+        ({"dim": 30, "layers": {"*": {"kind": "random", "dim": 20}}}, "take 44, and there are 0 others"),
+        ({"layers": {"*": {"dim": 3}, "b": {"dim": 4}}}, "'b' matches, an earlier one has matched"),
         ({"layers": {"b": {}}}, "give a kind or a dim"),
         ({"layers": {"b": {"kind": "identity", "dim": 3}}}, "takes no dim"),
         ({"layers": {"b": {"knd": "topk"}}}, "did you mean 'kind'"),
@@ -135,6 +137,15 @@ def test_a_compression_comes_back_from_its_arrays(kind):
     if any(isinstance(basis, LayerBasis) for basis in bases.values()):
         with pytest.raises(StoreError, match="lacks its array"):
             bases_from({}, basis_attributes(bases))
+
+
+def test_kronecker_layers_that_no_score_reaches_are_left_out_among_others():
+    model, inputs = network()
+    moments = {name: 0 * value for name, value in kronecker_sums(model, inputs).items() if name.startswith("fc0")}
+    config = CompressionConfig.checked(
+        {"kind": "identity", "layers": {"fc0": {"kind": "kronecker", "dim": 9}}, "dim": 99}
+    )
+    assert list(choose_compression(config, ScoreEngine(model).blocks, moments, 0)) == ["fc1"]
 
 
 def test_layers_whose_scores_are_zero_are_left_out():

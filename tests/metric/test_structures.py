@@ -81,9 +81,9 @@ def test_at_full_rank_the_kernel_is_that_of_the_damped_dense_matrix(estimator, s
     assert metric.rank == DIM
     np.testing.assert_allclose(metric.kernel(a, b).numpy(), expected, rtol=0, atol=1e-8 * np.abs(expected).max())
     np.testing.assert_allclose(
-        sum(metric.kernels(a, b).values()).numpy(), expected, rtol=0, atol=1e-8 * abs(expected).max()
+        sum(metric.kernels_by_block(a, b).values()).numpy(), expected, rtol=0, atol=1e-8 * abs(expected).max()
     )
-    assert list(metric.kernels(a, b)) == (list(DIMS) if structure == "block" else ["all"])
+    assert list(metric.kernels_by_block(a, b)) == (list(DIMS) if structure == "block" else ["all"])
 
 
 @pytest.mark.parametrize(("estimator", "structure"), WAYS)

@@ -4,7 +4,7 @@
 
 The base network is that of ``jobs/configs/cifar10.yaml``, trained once and kept in the output folder. Its scores are
 compressed once for each compression; every metric is fitted on the first rows of the shallow split, and ridge
-regression on standardised features, with and without the last hidden layer, is solved in its dual form, which costs
+regression on standardised features, the last hidden layer beside them, is solved in its dual form, which costs
 the same for any number of features. The penalty is chosen on a tenth of the training rows, cut off at the end, and the
 model is then fitted on all of them; test rows are only counted.
 """
@@ -35,17 +35,17 @@ from fisher_ray.storage import Storage
 from tests.benchmarks.metric.figures import draw_accuracies
 
 RANKS = (64, 256, 1024, 4096)
-PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
 WAYS = [
     ("kronecker", "exact", "global", RANKS),
     ("kronecker", "exact", "adjacent", RANKS[:3]),
     ("kronecker", "exact", "block", RANKS[:3]),
-    ("kronecker", "diagonal", "global", RANKS),
-    ("kronecker", "nystrom", "global", (256, 1024)),
-    ("kronecker", "frequent_directions", "global", (256, 1024)),
-    ("random", "exact", "global", (256, 1024)),
-    ("sketch", "exact", "global", (256, 1024)),
-    ("topk", "exact", "global", (256, 1024)),
+    ("kronecker", "diagonal", "global", RANKS[:3]),
+    ("kronecker", "nystrom", "global", (1024,)),
+    ("kronecker", "frequent_directions", "global", (1024,)),
+    ("random", "exact", "global", (1024,)),
+    ("sketch", "exact", "global", (1024,)),
+    ("topk", "exact", "global", (1024,)),
 ]
 """Compression, estimator, structure, ranks."""
 MICRO_BATCH = 16
@@ -100,12 +100,12 @@ def ridge(kernel: Tensor, labels: Tensor, num_train: int) -> tuple[float, float]
 
 
 def _solve(kernel: Tensor, targets: Tensor, fit: int, rows: slice, penalty: float) -> Tensor:
-    """Predict rows by conjugate gradients on the dual problem, all classes at once, to a residual of 1e-4."""
+    """Predict rows by conjugate gradients on the dual problem, all classes at once, to a residual of 1e-3."""
     square, mean = kernel[:fit, :fit], targets[:fit].mean(0)
     wanted = (targets[:fit] - mean).float()
     weights, residual = torch.zeros_like(wanted), wanted.clone()
     direction, norms = residual.clone(), residual.square().sum(0)
-    limit = 1e-8 * norms
+    limit = 1e-6 * norms
     for _ in range(500):
         moved = square @ direction + penalty * fit * direction
         step = norms / (direction * moved).sum(0)
@@ -197,10 +197,9 @@ def main() -> None:
                 whole = fit_metric(bases, settings, scores, options.metric_rows)
             metric = cut(whole, rank)
             kernel = kernel_of(metric, scores, options.train_rows)
-            accuracy, penalty = ridge(kernel, labels, options.train_rows)
-            both, _ = ridge(kernel + hidden_kernel, labels, options.train_rows)
+            accuracy, penalty = ridge(kernel.add_(hidden_kernel), labels, options.train_rows)
             line = {"compression": compression, "estimator": estimator, "structure": structure, "rank": metric.rank}
-            line |= {"accuracy": accuracy, "with_hidden": both, "penalty": penalty}
+            line |= {"accuracy": accuracy, "penalty": penalty}
             line |= {"captured": metric.summary()["captured"], "seconds": round(time.perf_counter() - start, 1)}
             found.append(line)
             print(json.dumps(line), flush=True)

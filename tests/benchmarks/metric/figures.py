@@ -19,7 +19,7 @@ WAY = ("compression", "estimator", "structure")
 def draw_accuracies(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw accuracy against rank, a line for each compression, estimator and structure."""
     figure, (axes,) = _start(1)
-    _draw_ways(axes, [line for line in found if line["rank"]], lambda line: 100 * line["with_hidden"])
+    _draw_ways(axes, [line for line in found if line["rank"]], lambda line: 100 * line["accuracy"])
     probe = next(line for line in found if not line["rank"])
     axes.axhline(100 * probe["accuracy"], color="gray", linestyle="--", label="last hidden layer alone")
     axes.set(xlabel="rank", ylabel="test accuracy, %")
