@@ -60,8 +60,8 @@ def test_a_metric_is_used_in_the_precision_that_it_was_fitted_in(tmp_path):
     made = fisher_ray.features(model, fisher_ray.LowRankMetric.load(str(tmp_path / "metric.zarr")), inputs)
 
     engine = ScoreEngine(model, precision=torch.bfloat16)
-    scores, left = engine.spanning_classes(inputs)
-    compressed = left.complete(Compressor(metric.bases, engine.blocks, engine.like).compress(scores))
+    scores, reflection = engine.spanning_classes(inputs)
+    compressed = reflection.complete(Compressor(metric.bases, engine.blocks, engine.like).compress(scores))
     assert made.dtype == torch.float32
     torch.testing.assert_close(made, metric.transform(compressed), rtol=0, atol=0)
     exact = fisher_ray.features(model, replace(metric, attributes=plain.attributes), inputs)

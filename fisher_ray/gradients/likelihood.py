@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fisher_ray.errors import DataError, ModelError, RequestError
 from fisher_ray.gradients.labels import draw_labels, keyed_normal, keyed_uniform
-from fisher_ray.gradients.spanning import LeftOut, leave_out
+from fisher_ray.gradients.spanning import Reflection, reflect
 
 
 class Likelihood(Protocol):
@@ -27,8 +27,11 @@ class Likelihood(Protocol):
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Return ``g`` of all targets, ``(S, B, ...)``, weighted so that their outer products sum to the Fisher."""
 
-    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
-        """Return as :meth:`all_scores` weighted ones, but none that follows from the others, and how it does."""
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, Reflection | None]:
+        """Return as few ``g`` as have :meth:`all_scores`' sum of outer products, and what makes all scores of them.
+
+        The second is None where these are all.
+        """
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``g`` of one target a sample, ``(B, ...)``."""
@@ -54,10 +57,10 @@ class Softmax:
             scores = scores * probabilities.sqrt()[:, :, None]
         return scores.transpose(0, 1).contiguous()
 
-    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, Reflection | None]:
         """See :class:`Likelihood`."""
         scores = self.all_scores(output, weighted=True)
-        return leave_out(scores, output.softmax(dim=1)) if len(scores) > 1 else (scores, None)
+        return reflect(scores, output.softmax(dim=1)) if len(scores) > 1 else (scores, None)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``e_y − p``.
@@ -93,7 +96,7 @@ class Gaussian:
         units = torch.eye(size, dtype=output.dtype, device=output.device)
         return units[:, None].expand(size, len(output), size).reshape(size, *output.shape)
 
-    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, Reflection | None]:
         """See :class:`Likelihood`: none follows from the others."""
         return self.all_scores(output, weighted=True), None
 
@@ -123,7 +126,7 @@ class Bernoulli:
         spread = (output.sigmoid() * (-output).sigmoid()).sqrt()
         return torch.diag_embed(spread).transpose(0, 1).contiguous()
 
-    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, Reflection | None]:
         """See :class:`Likelihood`: none follows from the others."""
         return self.all_scores(output, weighted=True), None
 
@@ -163,7 +166,7 @@ class NextToken:
         """Raise: there are as many sequences as ``V`` to the power of ``T``."""
         raise RequestError("scores of all targets: next tokens have too many. Take labels sampled or true.")
 
-    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, Reflection | None]:
         """See :class:`Likelihood`: none follows from the others."""
         return self.all_scores(output, weighted=True), None
 
@@ -212,7 +215,7 @@ class Custom:
         """Raise: the function says nothing of targets that it is not given."""
         raise RequestError("scores of all targets: a likelihood of your own gives those of given targets. Take true.")
 
-    def spanning_scores(self, output: Tensor) -> tuple[Tensor, LeftOut | None]:
+    def spanning_scores(self, output: Tensor) -> tuple[Tensor, Reflection | None]:
         """See :class:`Likelihood`: none follows from the others."""
         return self.all_scores(output, weighted=True), None
 

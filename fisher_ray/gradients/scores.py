@@ -21,7 +21,7 @@ from fisher_ray.gradients.likelihood import Likelihood, Softmax
 from fisher_ray.gradients.network import choose_parameters
 from fisher_ray.gradients.outputs import Inputs, outside_inference, pull_back, rows, signature, tensors
 from fisher_ray.gradients.precision import Precision, multiplied
-from fisher_ray.gradients.spanning import LeftOut
+from fisher_ray.gradients.spanning import Reflection
 from fisher_ray.gradients.verification import verify
 
 FIRST = Axis(0, 1)
@@ -106,23 +106,25 @@ class ScoreEngine:
         """
         return self._scores(inputs, lambda output: self.likelihood.all_scores(output, weighted=weighted))
 
-    def spanning_classes(self, inputs: Inputs) -> tuple[Scores, LeftOut | None]:
-        """Weighted scores of all classes but one a sample, and what brings that one back after a linear map.
+    def spanning_classes(self, inputs: Inputs) -> tuple[Scores, Reflection | None]:
+        """Combinations of the weighted scores of all targets, fewer where these depend on each other.
+
+        Of classes there are ``C − 1``. Their outer products sum to the sample's exact Fisher, as the scores' do.
 
         Returns:
-            As :meth:`all_classes`, ``S = C − 1``; and None where no score follows from the others.
+            The combinations; and what makes all scores of them after a linear map, or None where they are the scores.
 
         Raises:
             ModelError, RequestError: as :meth:`all_classes`.
         """
-        left: LeftOut | None = None
+        reflection: Reflection | None = None
 
         def start(output: Tensor) -> Tensor:
-            nonlocal left
-            cotangents, left = self.likelihood.spanning_scores(output)
+            nonlocal reflection
+            cotangents, reflection = self.likelihood.spanning_scores(output)
             return cotangents
 
-        return self._scores(inputs, start), left
+        return self._scores(inputs, start), reflection
 
     def of_labels(self, inputs: Inputs, labels: Tensor | Callable[[Tensor], Tensor]) -> Scores:
         """Scores of one target a sample; ``S = 1``.

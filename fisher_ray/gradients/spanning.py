@@ -1,4 +1,4 @@
-"""Scores of all classes from those of all but one, of which they are linear combinations."""
+"""Scores of all classes from one fewer, of which they are linear combinations."""
 
 from __future__ import annotations
 
@@ -9,48 +9,40 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """The class of each sample whose score was left out, and how it follows from the others.
-
-    ``Σ_c p_c s_c = ∇_θ Σ_c p_c = 0``, so of ``C`` scores ``C − 1`` span all, and no backward pass is needed for the
-    last. Left out is the likeliest class, for which the others' factors are at most 1: no rounding is enlarged.
+class Reflection:
+    """What makes the weighted scores of all classes of the ``C − 1`` that :func:`reflect` returns.
 
     Attributes:
-        classes: int64 ``(B,)``.
-        factors: of the others' scores in ascending order of classes, ``(B, C − 1)``.
+        roots: ``√p``, ``(B, C)``.
     """
 
-    classes: Tensor
-    factors: Tensor
+    roots: Tensor
 
     def complete(self, values: Tensor) -> Tensor:
-        """Return a linear map's values for all classes, from those for the others: ``(B, C − 1, X)`` to ``(B, C, X)``.
+        """Return a linear map's values for all classes from those of the reflected, ``(B, C − 1, X)`` to ``(B, C, X)``.
 
         A map that is not linear in the score, such as the choice of largest entries, must not be completed so.
         """
-        batch, num_others, width = values.shape
-        classes = torch.arange(num_others + 1, device=values.device)
-        places = (classes - (classes > self.classes[:, None]).long()).clamp(max=num_others - 1)  # (B, C)
-        out = values.gather(1, places[..., None].expand(-1, -1, width))
-        out[torch.arange(batch, device=values.device), self.classes] = torch.einsum("bs,bsx->bx", self.factors, values)
-        return out
+        others, last = self.roots[:, :-1], self.roots[:, -1:]
+        product = torch.einsum("bs,bsx->bx", others, values)[:, None]
+        return torch.cat([values - (others / (1 + last))[..., None] * product, -product], dim=1)
 
 
-def leave_out(scores: Tensor, probabilities: Tensor) -> tuple[Tensor, LeftOut]:
-    """Leave out each sample's likeliest class.
+def reflect(scores: Tensor, probabilities: Tensor) -> tuple[Tensor, Reflection]:
+    """Reflect the weighted scores so that the last one is zero, and leave it out.
+
+    ``Σ_c √p_c (√p_c s_c) = ∇_θ Σ_c p_c = 0``: over classes, the weighted scores are at right angles to the unit vector
+    ``√p``. Householder's reflection that takes it to the last axis leaves ``√p_c s_c − √p_c / (1 + √p_C) √p_C s_C`` and
+    a zero. Being orthogonal over classes, it changes no sum of outer products; it is its own inverse; and no factor in
+    it is above 1, so that rounding is not enlarged.
 
     Args:
         scores: starting points ``√p_c (e_c − p)``, ``(C, B, C)``; at least two classes.
         probabilities: ``p``, ``(B, C)``.
 
     Returns:
-        The others' starting points, ``(C − 1, B, C)``, and what brings the class back.
+        Starting points ``(C − 1, B, C)`` with the same sum of outer products, and what brings all classes back.
     """
-    num_classes = probabilities.shape[1]
-    left = probabilities.argmax(dim=1)
-    others = torch.arange(num_classes - 1, device=left.device)
-    others = others + (others >= left[:, None]).long()  # (B, C − 1)
     roots = probabilities.sqrt()
-    factors = -roots.gather(1, others) / roots.gather(1, left[:, None])
-    kept = scores.transpose(0, 1).gather(1, others[..., None].expand(-1, -1, num_classes))
-    return kept.transpose(0, 1).contiguous(), LeftOut(left, factors)
+    factors = (roots[:, :-1] / (1 + roots[:, -1:])).T
+    return scores[:-1] - factors[:, :, None] * scores[-1], Reflection(roots)

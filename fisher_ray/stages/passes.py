@@ -68,20 +68,26 @@ def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draw
     return engine.of_draws(batch.inputs, draw, draws)
 
 
+def root_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draws: int = 1) -> Scores:
+    """Scores as :func:`batch_scores`, or of all classes fewer combinations with the same sum of outer products."""
+    if labels == "all":
+        return engine.spanning_classes(batch.inputs)[0]
+    return batch_scores(engine, batch, labels, seed, draws)
+
+
 def compressed_scores(
-    engine: ScoreEngine, compressor: Compressor, batch: Batch, labels: str, seed: int, draws: int = 1
+    engine: ScoreEngine, compressor: Compressor, batch: Batch, labels: str, seed: int
 ) -> tuple[Scores, Tensor]:
     """Return scores as :func:`batch_scores`, and them compressed, ``(B, S, D)``.
 
-    Of all classes one a sample is not backpropagated where its coordinates follow from the others', and is missing
-    among the scores.
+    Of all classes one fewer is backpropagated where the compression is linear, and is missing among the scores.
     """
     if labels != "all" or not compressor.linear:
-        scores = batch_scores(engine, batch, labels, seed, draws)
+        scores = batch_scores(engine, batch, labels, seed)
         return scores, compressor.compress(scores)
-    scores, left = engine.spanning_classes(batch.inputs)
+    scores, reflection = engine.spanning_classes(batch.inputs)
     compressed = compressor.compress(scores)
-    return scores, compressed if left is None else left.complete(compressed)
+    return scores, compressed if reflection is None else reflection.complete(compressed)
 
 
 def kronecker_pass(
@@ -101,7 +107,7 @@ def kronecker_pass(
     sums, halvings = KroneckerSums(), halvings or Halvings()
 
     def scores_of(part: Batch) -> tuple[Batch, Scores] | None:
-        return _usable(part, lambda some: batch_scores(engine, some, labels, seed, draws), _finite_factors, drop)
+        return _usable(part, lambda some: root_scores(engine, some, labels, seed, draws), _finite_factors, drop)
 
     seen = False
 
@@ -134,24 +140,33 @@ def fisher_pass(
     The whole gradients of the first few samples are formed too, layer by layer, to see what the compression leaves out.
     ``halvings`` as in :func:`kronecker_pass`.
     """
-    halvings, num_whole = halvings or Halvings(), 0
+    halvings, seen = halvings or Halvings(), False
+    scores_of = root_scores if compressor.linear else batch_scores
 
-    def compressed(part: Batch) -> Tensor:
-        return compressed_scores(engine, compressor, part, labels, seed, draws)[1]
+    def made(part: Batch) -> tuple[Tensor, dict[str, float]]:
+        values = compressor.compress(scores_of(engine, part, labels, seed, draws))
+        return values, {} if seen else whole(part)
 
-    def add(found: tuple[Batch, Tensor] | None) -> None:
-        nonlocal num_whole
+    def whole(part: Batch) -> dict[str, float]:
+        total = dict.fromkeys(engine.block_shapes, 0.0)
+        for row in range(min(NUM_WHOLE, len(part.inputs))):  # one at a time: their gradients are formed
+            one = Batch(part.inputs[row : row + 1], part.labels[row : row + 1], part.index[row : row + 1])
+            for name, square in square_norms(scores_of(engine, one, labels, seed, draws)).items():
+                total[name] += square
+        return total
+
+    def add(found: tuple[Batch, tuple[Tensor, dict[str, float]]] | None) -> None:
+        nonlocal seen
         if found is None:
             return
-        kept, values = found
+        kept, (values, norms) = found
         sums.add(values, kept.index)
-        if not num_whole:
-            few = Batch(kept.inputs[:NUM_WHOLE], kept.labels[:NUM_WHOLE], kept.index[:NUM_WHOLE])
-            sums.add_norms(values[:NUM_WHOLE], square_norms(batch_scores(engine, few, labels, seed, draws)))
-            num_whole = len(few.inputs)
+        if norms:
+            sums.add_norms(values[:NUM_WHOLE], norms)
+            seen = True
 
     for batch in batches:
-        halvings.each(batch, lambda part: _usable(part, compressed, _finite_rows, drop), add)
+        halvings.each(batch, lambda part: _usable(part, made, lambda found: _finite_rows(found[0]), drop), add)
     return sums.to_arrays()
 
 

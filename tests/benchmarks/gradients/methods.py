@@ -89,8 +89,8 @@ def all_classes_compressed(work: Workload) -> Run | None:
     def run() -> list[Any]:
         found = []
         for part in work.inputs.split(MICRO_BATCH):
-            scores, left = engine.spanning_classes(part)
-            found.append(left.complete(compressor.compress(scores)))
+            scores, reflection = engine.spanning_classes(part)
+            found.append(reflection.complete(compressor.compress(scores)))
         return found
 
     return run
