@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fisher_ray.config import AbsoluteDamping
-from fisher_ray.errors import RequestError
 
 HELD_OUT = 5
 """One sample in so many is held out to choose the damping."""
@@ -18,27 +16,18 @@ _GOLDEN, _CIRCLE = 2654435769, 2**32
 Damping = str | float | AbsoluteDamping
 
 
-def check_damping(damping: Damping) -> None:
-    """Refuse what is neither ``auto`` nor a number ≥ 0.
-
-    Raises:
-        RequestError: if it is.
-    """
-    value = damping.absolute if isinstance(damping, AbsoluteDamping) else damping
-    if damping != "auto" and (isinstance(value, str) or not 0 <= value < math.inf):
-        raise RequestError(f"damping {damping!r}: give auto or a number >= 0")
-
-
 def resolve(damping: Damping, mean: float, held_out: Callable[[], tuple[Tensor, Tensor]]) -> float:
     """Return the damping ``δ`` in the eigenvalues' unit.
 
     Args:
         damping: relative to ``mean``; absolute; or ``auto``, see :func:`held_out_damping`.
         mean: the mean eigenvalue.
-        held_out: for ``auto``, eigenvalues fitted on the other rows and held-out variances, each ``(R,)``.
+        held_out: for ``auto``, eigenvalues fitted on the other rows and held-out variances, each ``(R,)``. Where there
+            is none, of what the held-out rows alone reach, the damping is ``mean``.
     """
     if damping == "auto":
-        return held_out_damping(*held_out(), mean)
+        eigvals, variances = held_out()
+        return held_out_damping(eigvals, variances, mean) if len(eigvals) else mean
     if isinstance(damping, AbsoluteDamping):
         return damping.absolute
     return float(damping) * mean

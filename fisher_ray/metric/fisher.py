@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from fisher_ray.config import MetricConfig
-from fisher_ray.errors import DataError, RequestError
+from fisher_ray.errors import DataError
 from fisher_ray.metric.adjacent import Adjacent
-from fisher_ray.metric.damping import HELD_OUT, check_damping, is_held_out, resolve
+from fisher_ray.metric.damping import HELD_OUT, is_held_out, resolve
 from fisher_ray.metric.diagonal import Diagonal
 from fisher_ray.metric.estimator import Arrays, Estimator
 from fisher_ray.metric.exact import Exact
 from fisher_ray.metric.frequent_directions import FrequentDirections
 from fisher_ray.metric.lowrank import LayerTrace, Part
 from fisher_ray.metric.nystrom import Nystrom
+from fisher_ray.metric.row_buffer import RowBuffer
 
+ROUNDING = 16
+"""Eigenvalues that are not more than so many squares of the scores' own rounding, of the largest, are no directions."""
 SIDES = ("fit", "held")
 """What is summed apart: the samples that eigenvectors are fitted on, and those held out to choose the damping."""
 WHOLE = "all"
@@ -32,7 +35,8 @@ class FisherSum:
 
     For ``damping: auto`` one sample in :data:`fisher_ray.metric.damping.HELD_OUT` is summed apart, see
     :func:`fisher_ray.metric.damping.is_held_out`, so that the damping can be chosen on rows that the eigenvectors have
-    not seen, whatever the number of units.
+    not seen, whatever the number of units. Where a sketch would be as wide as its matrix, and so the matrix itself in a
+    costlier form, the matrix is summed.
 
     Args:
         settings: of the metric.
@@ -42,7 +46,6 @@ class FisherSum:
 
     def __init__(self, settings: MetricConfig, dims: Mapping[str, int], seed: int) -> None:
         """See the class."""
-        check_damping(settings.damping)
         self._settings, self._dims, self._seed = settings, dict(dims), seed
         self.dim = sum(dims.values())
         names = list(dims) if settings.structure == "block" else [WHOLE]
@@ -50,33 +53,39 @@ class FisherSum:
         self._places = _places(dims) if settings.structure == "block" else {WHOLE: slice(0, self.dim)}
         self._sums = {name: {side: self._estimator(name) for side in sides} for name in names}
         self._counts, self._means = np.zeros(len(sides)), np.zeros((len(sides), self.dim))
+        self._buffers = {side: RowBuffer(self.dim, partial(self._add_rows, side)) for side in sides}
         self._squares, self._norms = np.zeros(self.dim), np.zeros((2, len(dims)))
+        self._precision = np.zeros(1)
 
     def _estimator(self, name: str) -> Estimator:
         settings = self._settings
         dim = self.dim if name == WHOLE and settings.structure != "block" else self._dims[name]
         size = min(dim, settings.size or 2 * settings.rank)
-        if settings.estimator == "nystrom":
-            return Nystrom(dim, size, zlib.crc32(f"{self._seed} {name}".encode()))
-        if settings.estimator == "frequent_directions":
-            return FrequentDirections(dim, size)
         if settings.estimator == "diagonal":
             return Diagonal(dim)
+        if settings.estimator == "nystrom" and size < dim:
+            return Nystrom(dim, size, zlib.crc32(f"{self._seed} {name}".encode()))
+        if settings.estimator == "frequent_directions" and size < dim:
+            return FrequentDirections(dim, size)
         return Adjacent(list(self._dims.values())) if settings.structure == "adjacent" else Exact(dim)
 
     def add(self, compressed: Tensor, index: Tensor) -> None:
         """Add weighted compressed scores ``(B, S, D)`` of the samples ``index`` ``(B,)``."""
+        self._precision = np.maximum(self._precision, torch.finfo(compressed.dtype).eps)
         held = is_held_out(index) if len(self._counts) > 1 else torch.zeros(len(index), dtype=torch.bool)
-        self._squares += _numpy(compressed.double().square().sum(dim=(0, 1)))
-        for place, (side, rows) in enumerate(zip(SIDES, (~held, held), strict=True)):
-            if not bool(rows.any()):
+        for place, (side, samples) in enumerate(zip(SIDES, (~held, held), strict=True)):
+            if not bool(samples.any()):
                 continue
-            chosen = compressed[rows.to(compressed.device)]
+            chosen = compressed[samples.to(compressed.device)]
             self._counts[place] += len(chosen)
             if self._settings.centered:  # a draw's weight is 1/√S, its score's in the mean 1/S
                 self._means[place] += _numpy(chosen.double().sum(dim=(0, 1))) / np.sqrt(chosen.shape[1])
-            for name, where in self._places.items():
-                self._sums[name][side].add(chosen[:, :, where].flatten(0, 1))
+            self._buffers[side].add(chosen.flatten(0, 1))
+
+    def _add_rows(self, side: str, rows: Tensor) -> None:
+        self._squares += _numpy(rows.square().sum(dim=0))
+        for name, where in self._places.items():
+            self._sums[name][side].add(rows[:, where])
 
     def add_norms(self, compressed: Tensor, whole: Mapping[str, float]) -> None:
         """Compare some samples' compressed scores ``(B, S, D)`` with the whole scores' squared norms by layer."""
@@ -86,9 +95,13 @@ class FisherSum:
 
     def to_arrays(self) -> Arrays:
         """Return what was summed; :meth:`merge` merges it."""
+        for buffer in self._buffers.values():
+            buffer.flush()
         arrays = {"counts": self._counts, "squares": self._squares, "norms": self._norms}
         if self._settings.centered:
             arrays["means"] = self._means
+        arrays = {name: value.copy() for name, value in arrays.items()}
+        arrays["precision"] = self._precision
         for number, sides in enumerate(self._sums.values()):
             for side, estimator in sides.items():
                 arrays |= {f"{number}:{side}:{key}": value for key, value in estimator.to_arrays().items()}
@@ -98,6 +111,7 @@ class FisherSum:
         """Return the arrays of the samples of both."""
         plain = ("counts", "squares", "norms", "means")
         merged = {key: value + right[key] for key, value in left.items() if key in plain}
+        merged["precision"] = np.maximum(left["precision"], right["precision"])
         for number, sides in enumerate(self._sums.values()):
             for side, estimator in sides.items():
                 pick = partial(_pick, prefix=f"{number}:{side}:")
@@ -110,11 +124,8 @@ class FisherSum:
 
         Raises:
             DataError: if the sums have no rows, are not finite or are zero.
-            RequestError: if the rank is out of range.
         """
         settings, counts = self._settings, arrays["counts"]
-        if settings.rank < 1:
-            raise RequestError(f"rank {settings.rank} is not at least 1")
         if not counts.sum() > 0:
             raise DataError("the Fisher sum has no rows: all were skipped, or there are none")
         if not counts.all():
@@ -122,7 +133,10 @@ class FisherSum:
         if not np.isfinite(arrays["squares"]).all():
             raise DataError("the Fisher sum holds NaN or infinity: look for extreme inputs or weights")
         parts = [self._part(number, name, arrays) for number, name in enumerate(self._places)]
-        chosen = torch.cat([part.eigvals for part in parts]).argsort(descending=True, stable=True)[: settings.rank]
+        eigvals = torch.cat([part.eigvals for part in parts])
+        floor = ROUNDING * float(arrays["precision"][0]) ** 2 * float(eigvals.max()) if len(eigvals) else 0.0
+        num_kept = min(settings.rank, int((eigvals > floor).sum()))
+        chosen = eigvals.argsort(descending=True, stable=True)[:num_kept]
         if not len(chosen):
             raise DataError("the Fisher sum is zero: the metric has no direction. Is the network's output constant?")
         kept, start = [], 0
@@ -141,10 +155,14 @@ class FisherSum:
         means = arrays["means"][:, place] if self._settings.centered else None
         total = float(counts.sum())
         whole = sides[0] if len(sides) == 1 else estimator.merge(*sides)
+        noise = 0.0
         if means is not None:
+            noise = max(64, place.stop - place.start) * np.finfo(np.float64).eps * estimator.trace(whole)
             whole = self._centred(name, whole, total, means.sum(axis=0))
             sides = [self._centred(name, *side) for side in zip(sides, counts, means, strict=True)]
         eigvals, eigvecs = estimator.eigendecompose(whole, self._settings.rank)
+        above = eigvals > noise  # what a difference of large numbers leaves is none
+        eigvals, eigvecs = eigvals[above], eigvecs[:, above]
         mean = estimator.trace(whole) / total / (place.stop - place.start)
 
         def held_out() -> tuple[Tensor, Tensor]:
@@ -163,6 +181,8 @@ class FisherSum:
 
     def _layers(self, arrays: Arrays) -> tuple[LayerTrace, ...]:
         squares, total = arrays["squares"], float(arrays["counts"].sum())
+        if self._settings.centered:
+            squares = squares - arrays["means"].sum(axis=0) ** 2 / total
         found = []
         for number, (name, place) in enumerate(_places(self._dims).items()):
             kept, whole = arrays["norms"][:, number]

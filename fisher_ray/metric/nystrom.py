@@ -36,9 +36,15 @@ class Nystrom:
         if size < 1:
             raise RequestError(f"a Nyström sketch of {size} columns was asked for: give at least 1")
         self.dim, self.size, self.seed = dim, min(size, dim), seed
-        self._test = random_orthonormal(dim, self.size, seed)
-        self._sketch = torch.zeros(dim, self.size, dtype=torch.float64)
         self._trace = 0.0
+
+    @functools.cached_property
+    def _test(self) -> Tensor:
+        return random_orthonormal(self.dim, self.size, self.seed)
+
+    @functools.cached_property
+    def _sketch(self) -> Tensor:
+        return torch.zeros(self.dim, self.size, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(K, D)``; the sketch lives on their device.
@@ -92,15 +98,20 @@ class Nystrom:
         return eigvals @ (eigvecs.T @ vectors).square()
 
 
-@functools.lru_cache(maxsize=4)  # to make one takes longer than a batch on a GPU, and every unit needs the same
+@functools.lru_cache(maxsize=64)  # to make one takes longer than a batch on a GPU, and every unit needs the same
 def random_orthonormal(dim: int, size: int, seed: int) -> Tensor:
     """Return ``size ≤ dim`` orthonormal columns ``(dim, size)``, uniformly distributed, float64. Not to be written to.
 
     Drawn and orthonormalised on the CPU, with the signs that make the factorisation unique (Mezzadri, 2007): any
     machine comes to the same columns, but for rounding.
     """
-    generator = torch.Generator().manual_seed(seed)
-    columns, triangle = torch.linalg.qr(torch.randn(dim, size, generator=generator, dtype=torch.float64))
+    generator, threads = torch.Generator().manual_seed(seed), torch.get_num_threads()
+    drawn = torch.randn(dim, size, generator=generator, dtype=torch.float64)
+    torch.set_num_threads(1)  # the last bits depend on how many there are, and units and their merges have others
+    try:
+        columns, triangle = torch.linalg.qr(drawn)
+    finally:
+        torch.set_num_threads(threads)
     unique: Tensor = columns * triangle.diagonal().sign()
     return unique
 

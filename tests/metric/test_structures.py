@@ -272,3 +272,44 @@ def test_held_out_rows_are_summed_apart_only_for_an_automatic_damping():
         assert {key.split(":")[1] for key in arrays if ":" in key} == names
         held = int(is_held_out(index).sum()) if damping == "auto" else 0
         assert arrays["counts"].tolist() == [40 - held, held][: len(names)]
+
+
+@pytest.mark.parametrize(("estimator", "structure"), [way for way in WAYS if way[0] != "frequent_directions"])
+def test_equal_rows_have_no_centred_direction(estimator, structure):
+    rows = scores(1, 1).repeat(50, 1, 1)
+    asked = {"centered": True, "labels": "true", "damping": 0.1}
+    with pytest.raises(DataError, match="no direction"):
+        metric_of(rows, estimator=estimator, structure=structure, **asked)
+
+
+def test_a_centred_summary_is_of_the_centred_matrix():
+    rows = scores(num_scores=1) + 3
+    metric = metric_of(rows, centered=True, labels="true", damping=0)
+    found, fisher = metric.summary(), dense(rows - rows.mean(0))
+    assert found["trace"] == pytest.approx(np.trace(fisher), rel=1e-9)
+    assert found["captured"] == pytest.approx(1.0, rel=1e-9)
+
+
+def test_rounding_of_single_precision_is_no_direction():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, 1, 3, generator=generator) @ torch.randn(3, DIM, generator=generator)
+    assert metric_of(rows.float(), damping=0).rank == 3
+    assert metric_of(rows.float(), damping=0, structure="block").rank <= 3 * len(DIMS)
+
+
+def test_arrays_do_not_change_when_more_is_added():
+    rows, sums = scores(), FisherSum(settings(rank=3), DIMS, seed=7)
+    sums.add(rows[:20], torch.arange(20))
+    arrays = sums.to_arrays()
+    before = {name: value.copy() for name, value in arrays.items()}
+    sums.add(rows[20:], torch.arange(20, 40))
+    sums.to_arrays()
+    assert all(np.array_equal(arrays[name], value) for name, value in before.items())
+
+
+def test_a_layer_that_only_held_out_rows_reach_is_damped_by_its_mean():
+    rows, index = scores(), torch.arange(40)
+    rows[~is_held_out(index), :, :3] = 0
+    metric = metric_of(rows, structure="block", damping="auto")
+    part = metric.parts[0]
+    assert part.damping == pytest.approx(float(part.eigvals.sum()) / 3, rel=1e-10)
