@@ -7,7 +7,7 @@ takes part) and ``δ`` (O rows) are the *factors*; most quantities can be had fr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -57,6 +57,9 @@ class Factors(Protocol):
 
     def norms(self) -> Tensor:
         """Return for each sample a number ``(B,)`` that is finite if its part in the second moments is."""
+
+    def of_scores(self, scores: slice) -> Factors:
+        """Return the factors of some of the ``S`` scores."""
 
 
 class AffineInput(Protocol):
@@ -232,6 +235,10 @@ class AffineFactors:
         else:
             sums.add_products(self.block.name, products, self.deltas)
 
+    def of_scores(self, scores: slice) -> AffineFactors:
+        """See :class:`Factors`."""
+        return replace(self, deltas=self.deltas[scores])
+
     def norms(self) -> Tensor:
         """Return ``|a|² + |δ|²``, up to the number of times that a convolution sees a part of ``a``."""
         value = self.source.value.reshape(self.deltas.shape[1], -1)
@@ -273,6 +280,10 @@ class TokenFactors:
         """Add the tokens' counts and ``Σ δ δᵀ``."""
         sums.add_tokens(self.block.name, self.tokens, self.deltas, self.block.num_outputs)
 
+    def of_scores(self, scores: slice) -> TokenFactors:
+        """See :class:`Factors`."""
+        return replace(self, deltas=self.deltas[scores])
+
     def norms(self) -> Tensor:
         """Return ``|δ|²``."""
         return self.deltas.square().sum(dim=(0, 2, 3))
@@ -306,6 +317,10 @@ class FormedFactors:
     def add_moments(self, sums: MomentSums) -> None:
         """Add ``Σ Gᵀ G`` and ``Σ G Gᵀ``."""
         sums.add_gradient(self.block.name, self.value)
+
+    def of_scores(self, scores: slice) -> FormedFactors:
+        """See :class:`Factors`."""
+        return replace(self, value=self.value[:, scores].clone())
 
     def norms(self) -> Tensor:
         """Return ``|G|²``."""

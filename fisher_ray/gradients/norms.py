@@ -26,10 +26,15 @@ def _square(items: list[Factors]) -> float:
         workspace = Workspace(first.deltas)
         weight = sum(_sum(chunk.gradient) for chunk in form_chunks(first, workspace)) if first.source.weight else 0.0
         return weight + (_sum(first.deltas.sum(dim=3)) if first.source.bias else 0.0)
-    gradient = first.gradient()
+    scores = range(first.num_scores)  # one at a time: a whole gradient may be large
+    return sum(_sum(_gradient(items, slice(score, score + 1))) for score in scores)
+
+
+def _gradient(items: list[Factors], scores: slice) -> Tensor:
+    gradient = items[0].of_scores(scores).gradient()
     for item in items[1:]:
-        gradient = gradient + item.gradient()
-    return _sum(gradient)
+        gradient += item.of_scores(scores).gradient()
+    return gradient
 
 
 def _pays(item: AffineFactors) -> bool:
