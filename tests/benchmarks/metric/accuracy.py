@@ -42,7 +42,7 @@ WAYS = [
     ("kronecker", "exact", "block", RANKS[:3]),
     ("kronecker", "diagonal", "global", RANKS[:3]),
     ("kronecker", "nystrom", "global", (1024,)),
-    ("kronecker", "frequent_directions", "global", (1024,)),
+    ("kronecker", "frequent_directions", "global", (256,)),
     ("random", "exact", "global", (1024,)),
     ("sketch", "exact", "global", (1024,)),
     ("topk", "exact", "global", (1024,)),
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=4000)
     parser.add_argument("--metric-rows", type=int, default=2500)
     parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--compressions", default="kronecker,random,sketch,topk")
     options = parser.parse_args()
     config = Config.from_yaml("jobs/configs/cifar10.yaml", [f"data.root={options.data}", f"output={options.output}"])
     pipeline.run(config, until="base")
@@ -168,6 +169,8 @@ def main() -> None:
     rows = Rows(engine, config, {"shallow": options.train_rows, "test": options.test_rows})
     found, last = [], None
     for compression, estimator, structure, ranks in WAYS:
+        if compression not in options.compressions.split(","):
+            continue
         if compression != last:
             last, start = compression, time.perf_counter()
             asked = config.compression.model_copy(update={"kind": compression, "dim": options.dim})
