@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.convolution import Convolution, convolve, patches, positions, weight_gradients
+from fisher_ray.gradients.patch_products import patch_products
 
 
 class MomentSums(Protocol):
@@ -23,6 +24,9 @@ class MomentSums(Protocol):
 
     def add(self, block: str, inputs: Tensor, deltas: Tensor) -> None:
         """Add factors ``(B, A, T)`` and ``(S, B, O, T)``."""
+
+    def add_products(self, block: str, products: Tensor, deltas: Tensor) -> None:
+        """Add ``Σ a aᵀ`` ``(A, A)``, and the factors ``(S, B, O, T)`` of the other side."""
 
     def add_tokens(self, block: str, tokens: Tensor, deltas: Tensor, num_tokens: int) -> None:
         """Add the factors of an embedding: tokens ``(B, T)`` and ``(S, B, T, A)``."""
@@ -73,6 +77,9 @@ class AffineInput(Protocol):
     def patches(self) -> Tensor:
         """Return ``a`` without the trailing 1, ``(B, A, T)``."""
 
+    def products(self) -> Tensor | None:
+        """Return ``Σ a aᵀ``, the trailing 1 included, ``(A, A)``, where that is faster without forming ``a``."""
+
     def project(self, basis: Tensor) -> Tensor:
         """Return ``basisᵀ a`` for ``basis`` ``(A, I)`` without forming ``a``; ``(B, I, T)``."""
 
@@ -103,6 +110,10 @@ class LinearInput:
     def patches(self) -> Tensor:
         """See :class:`AffineInput`."""
         return self.value.transpose(1, 2)
+
+    def products(self) -> Tensor | None:
+        """See :class:`AffineInput`."""
+        return None
 
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
@@ -138,6 +149,10 @@ class ConvolutionInput:
     def patches(self) -> Tensor:
         """See :class:`AffineInput`."""
         return self._join(patches(self.layer, self.value), len(self.value) // self.batch)
+
+    def products(self) -> Tensor | None:
+        """See :class:`AffineInput`."""
+        return patch_products(self.layer, self.value, self.bias) if self.weight else None
 
     def gradients(self, deltas: Tensor, part: slice) -> Tensor:
         """Return the weight's gradients of some samples without forming ``a``: ``(b, O, T)`` to ``(b, O, A)``."""
@@ -212,7 +227,10 @@ class AffineFactors:
 
     def add_moments(self, sums: MomentSums) -> None:
         """Add ``Σ a aᵀ`` and ``Σ δ δᵀ``."""
-        sums.add(self.block.name, self.inputs(), self.deltas)
+        if (products := self.source.products()) is None:
+            sums.add(self.block.name, self.inputs(), self.deltas)
+        else:
+            sums.add_products(self.block.name, products, self.deltas)
 
     def norms(self) -> Tensor:
         """Return ``|a|² + |δ|²``, up to the number of times that a convolution sees a part of ``a``."""

@@ -16,6 +16,8 @@ MAX_SIDE = 8192
 """A side of a block that is longer has the diagonal of its second moment summed alone, and coordinates as its basis."""
 BLOCK_POSITIONS = 65536
 """Positions of backpropagated factors multiplied at a time: bounds the copy that a convolution's layout needs."""
+MIN_POSITIONS = 64
+"""Of a sample, with which its products are taken by themselves: with fewer, one product of all samples is faster."""
 
 
 class KroneckerSums:
@@ -33,11 +35,17 @@ class KroneckerSums:
 
     def add(self, block: str, inputs: Tensor, deltas: Tensor) -> None:
         """Add one call's factors: ``inputs`` ``(B, A, T)`` and, weighted by ``√p_c``, ``deltas`` ``(S, B, O, T)``."""
-        batch, _, num_positions = inputs.shape
         self._add(f"{block}:inputs", inputs.transpose(0, 1).flatten(1).T)
-        for part in torch.split(deltas, max(1, BLOCK_POSITIONS // max(1, batch * num_positions))):
-            self._add(f"{block}:outputs", part.permute(2, 0, 1, 3).flatten(1).T)
-        self._total(f"{block}:positions", inputs).add_(batch * num_positions)
+        self._add_outputs(block, deltas)
+
+    def add_products(self, block: str, products: Tensor, deltas: Tensor) -> None:
+        """Add one call's ``Σ a aᵀ`` ``(A, A)`` over samples and positions, and ``deltas`` as in :meth:`add`."""
+        size = len(products)
+        if size > MAX_SIDE:
+            self._total(f"{block}:inputs", products, size).add_(products.diagonal())
+        else:
+            self._total(f"{block}:inputs", products, size, size).add_(products)
+        self._add_outputs(block, deltas)
 
     def add_tokens(self, block: str, tokens: Tensor, deltas: Tensor, num_tokens: int) -> None:
         """Add an embedding's factors: ``tokens`` ``(B, T)`` in ``[0, num_tokens)`` and ``deltas`` ``(S, B, T, A)``."""
@@ -52,6 +60,18 @@ class KroneckerSums:
         self._add(f"{block}:inputs", gradient.flatten(0, 2))
         self._add(f"{block}:outputs", gradient.transpose(2, 3).flatten(0, 2))
         self._total(f"{block}:positions", gradient).add_(gradient.double().square().sum())
+
+    def _add_outputs(self, block: str, deltas: Tensor) -> None:
+        _, batch, size, num_positions = deltas.shape
+        apart = num_positions >= MIN_POSITIONS and size <= MAX_SIDE
+        for part in torch.split(deltas, max(1, BLOCK_POSITIONS // max(1, batch * num_positions))):
+            if apart:
+                each = part.flatten(0, 1)
+                total = self._total(f"{block}:outputs", part, size, size)
+                total += torch.addbmm(part.new_zeros(size, size), each, each.transpose(1, 2))
+            else:
+                self._add(f"{block}:outputs", part.permute(2, 0, 1, 3).flatten(1).T)
+        self._total(f"{block}:positions", deltas).add_(batch * num_positions)
 
     def _add(self, key: str, rows: Tensor) -> None:
         size = rows.shape[1]
