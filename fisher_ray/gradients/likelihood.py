@@ -26,6 +26,9 @@ class Likelihood(Protocol):
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Return ``g`` of all targets, ``(S, B, ...)``, weighted so that their outer products sum to the Fisher."""
 
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """Return as few ``g`` as have the outer products of :meth:`all_scores`, weighted, in sum, ``(S, B, ...)``."""
+
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``g`` of one target a sample, ``(B, ...)``."""
 
@@ -49,6 +52,17 @@ class Softmax:
         if weighted:
             scores = scores * probabilities.sqrt()[:, :, None]
         return scores.transpose(0, 1).contiguous()
+
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """Return the weighted scores reflected so that the last one is zero, and left out, ``(C − 1, B, C)``.
+
+        The scores ``g_c``, weighted, satisfy ``Σ_c √p_c g_c = 0``. The reflection that takes the unit vector ``√p`` to
+        the last axis makes ``g_c − √p_c / (1 + √p_C) g_C`` of them, and a zero of the last.
+        """
+        scores, roots = self.all_scores(output, weighted=True), output.softmax(dim=1).sqrt().T
+        if len(scores) == 1:
+            return scores
+        return scores[:-1] - (roots[:-1] / (1 + roots[-1]))[:, :, None] * scores[-1]
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``e_y − p``.
@@ -84,6 +98,10 @@ class Gaussian:
         units = torch.eye(size, dtype=output.dtype, device=output.device)
         return units[:, None].expand(size, len(output), size).reshape(size, *output.shape)
 
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """See :class:`Likelihood`."""
+        return self.all_scores(output, weighted=True)
+
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``y − output``."""
         _check_like(output, targets)
@@ -109,6 +127,10 @@ class Bernoulli:
         """Return ``√(p_k (1 − p_k)) e_k``, whose outer products sum to the output's Fisher matrix, ``(K, B, K)``."""
         spread = (output.sigmoid() * (-output).sigmoid()).sqrt()
         return torch.diag_embed(spread).transpose(0, 1).contiguous()
+
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """See :class:`Likelihood`."""
+        return self.all_scores(output, weighted=True)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``y − p``."""
@@ -145,6 +167,10 @@ class NextToken:
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Raise: there are as many sequences as ``V`` to the power of ``T``."""
         raise RequestError("scores of all targets: next tokens have too many. Take labels sampled or true.")
+
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """Raise, as :meth:`all_scores`."""
+        return self.all_scores(output, weighted=True)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return ``e_next − p`` at each position but the last, 0 where the next token is left out."""
@@ -190,6 +216,10 @@ class Custom:
     def all_scores(self, output: Tensor, *, weighted: bool) -> Tensor:
         """Raise: the function says nothing of targets that it is not given."""
         raise RequestError("scores of all targets: a likelihood of your own gives those of given targets. Take true.")
+
+    def fisher_root(self, output: Tensor) -> Tensor:
+        """Raise, as :meth:`all_scores`."""
+        return self.all_scores(output, weighted=True)
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
         """Return the function's gradient."""

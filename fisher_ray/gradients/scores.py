@@ -105,6 +105,17 @@ class ScoreEngine:
         """
         return self._scores(inputs, lambda output: self.likelihood.all_scores(output, weighted=weighted))
 
+    def fisher_root(self, inputs: Inputs) -> Scores:
+        """Combinations of the weighted scores of all targets, fewer where these depend on each other.
+
+        Of classes there are ``C − 1``. Their outer products sum to the sample's exact Fisher, as the scores' do, and so
+        does everything that is linear in the scores.
+
+        Raises:
+            ModelError, RequestError: as :meth:`all_classes`.
+        """
+        return self._scores(inputs, self.likelihood.fisher_root)
+
     def of_labels(self, inputs: Inputs, labels: Tensor | Callable[[Tensor], Tensor]) -> Scores:
         """Scores of one target a sample; ``S = 1``.
 

@@ -68,6 +68,11 @@ def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draw
     return engine.of_draws(batch.inputs, draw, draws)
 
 
+def _root_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draws: int) -> Scores:
+    """Scores as :func:`batch_scores`, or for all classes fewer combinations with the same sum of outer products."""
+    return engine.fisher_root(batch.inputs) if labels == "all" else batch_scores(engine, batch, labels, seed, draws)
+
+
 def kronecker_pass(
     engine: ScoreEngine,
     layers: Collection[str],
@@ -85,7 +90,7 @@ def kronecker_pass(
     sums, halvings = KroneckerSums(), halvings or Halvings()
 
     def scores_of(part: Batch) -> tuple[Batch, Scores] | None:
-        return _usable(part, lambda some: batch_scores(engine, some, labels, seed, draws), _finite_factors, drop)
+        return _usable(part, lambda some: _root_scores(engine, some, labels, seed, draws), _finite_factors, drop)
 
     def add(found: tuple[Batch, Scores] | None) -> None:
         for item in found[1].factors if found else ():
@@ -114,9 +119,10 @@ def fisher_pass(
     ``halvings`` as in :func:`kronecker_pass`.
     """
     halvings, num_whole = halvings or Halvings(), 0
+    scores_of = _root_scores if compressor.is_linear else batch_scores
 
     def compressed(part: Batch) -> Tensor:
-        return compressor.compress(batch_scores(engine, part, labels, seed, draws))
+        return compressor.compress(scores_of(engine, part, labels, seed, draws))
 
     def add(found: tuple[Batch, Tensor] | None) -> None:
         nonlocal num_whole
@@ -126,7 +132,7 @@ def fisher_pass(
         sums.add(values, kept.index)
         if not num_whole:
             few = Batch(kept.inputs[:NUM_WHOLE], kept.labels[:NUM_WHOLE], kept.index[:NUM_WHOLE])
-            sums.add_norms(values[:NUM_WHOLE], square_norms(batch_scores(engine, few, labels, seed, draws)))
+            sums.add_norms(values[:NUM_WHOLE], square_norms(scores_of(engine, few, labels, seed, draws)))
             num_whole = len(few.inputs)
 
     for batch in batches:
