@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,7 +56,10 @@ class Exact:
             )
         self.dim = dim
         self._panels = list(_panels(blocks))
-        self._packed = torch.zeros(self._panels[-1].packed.stop, dtype=torch.float64)
+
+    @cached_property
+    def _packed(self) -> Tensor:
+        return torch.zeros(self._panels[-1].packed.stop, dtype=torch.float64)  # none where sums are merged alone
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(K, D)``; the sums live on their device.

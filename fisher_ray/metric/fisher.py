@@ -21,6 +21,7 @@ from fisher_ray.metric.exact import Exact
 from fisher_ray.metric.frequent_directions import FrequentDirections
 from fisher_ray.metric.lowrank import LayerTrace, Part
 from fisher_ray.metric.nystrom import Nystrom
+from fisher_ray.metric.row_buffer import RowBuffer
 
 SIDES = ("fit", "held")
 """What is summed apart: the samples that eigenvectors are fitted on, and those held out to choose the damping."""
@@ -32,7 +33,8 @@ class FisherSum:
 
     For ``damping: auto`` one sample in :data:`fisher_ray.metric.damping.HELD_OUT` is summed apart, see
     :func:`fisher_ray.metric.damping.is_held_out`, so that the damping can be chosen on rows that the eigenvectors have
-    not seen, whatever the number of units.
+    not seen, whatever the number of units. Where a sketch would be as wide as its matrix, and so the matrix itself in a
+    costlier form, the matrix is summed.
 
     Args:
         settings: of the metric.
@@ -50,33 +52,37 @@ class FisherSum:
         self._places = _places(dims) if settings.structure == "block" else {WHOLE: slice(0, self.dim)}
         self._sums = {name: {side: self._estimator(name) for side in sides} for name in names}
         self._counts, self._means = np.zeros(len(sides)), np.zeros((len(sides), self.dim))
+        self._buffers = {side: RowBuffer(self.dim, partial(self._add_rows, side)) for side in sides}
         self._squares, self._norms = np.zeros(self.dim), np.zeros((2, len(dims)))
 
     def _estimator(self, name: str) -> Estimator:
         settings = self._settings
         dim = self.dim if name == WHOLE and settings.structure != "block" else self._dims[name]
         size = min(dim, settings.size or 2 * settings.rank)
-        if settings.estimator == "nystrom":
-            return Nystrom(dim, size, zlib.crc32(f"{self._seed} {name}".encode()))
-        if settings.estimator == "frequent_directions":
-            return FrequentDirections(dim, size)
         if settings.estimator == "diagonal":
             return Diagonal(dim)
+        if settings.estimator == "nystrom" and size < dim:
+            return Nystrom(dim, size, zlib.crc32(f"{self._seed} {name}".encode()))
+        if settings.estimator == "frequent_directions" and size < dim:
+            return FrequentDirections(dim, size)
         return Adjacent(list(self._dims.values())) if settings.structure == "adjacent" else Exact(dim)
 
     def add(self, compressed: Tensor, index: Tensor) -> None:
         """Add weighted compressed scores ``(B, S, D)`` of the samples ``index`` ``(B,)``."""
         held = is_held_out(index) if len(self._counts) > 1 else torch.zeros(len(index), dtype=torch.bool)
-        self._squares += _numpy(compressed.double().square().sum(dim=(0, 1)))
-        for place, (side, rows) in enumerate(zip(SIDES, (~held, held), strict=True)):
-            if not bool(rows.any()):
+        for place, (side, samples) in enumerate(zip(SIDES, (~held, held), strict=True)):
+            if not bool(samples.any()):
                 continue
-            chosen = compressed[rows.to(compressed.device)]
+            chosen = compressed[samples.to(compressed.device)]
             self._counts[place] += len(chosen)
             if self._settings.centered:  # a draw's weight is 1/√S, its score's in the mean 1/S
                 self._means[place] += _numpy(chosen.double().sum(dim=(0, 1))) / np.sqrt(chosen.shape[1])
-            for name, where in self._places.items():
-                self._sums[name][side].add(chosen[:, :, where].flatten(0, 1))
+            self._buffers[side].add(chosen.flatten(0, 1))
+
+    def _add_rows(self, side: str, rows: Tensor) -> None:
+        self._squares += _numpy(rows.square().sum(dim=0))
+        for name, where in self._places.items():
+            self._sums[name][side].add(rows[:, where])
 
     def add_norms(self, compressed: Tensor, whole: Mapping[str, float]) -> None:
         """Compare some samples' compressed scores ``(B, S, D)`` with the whole scores' squared norms by layer."""
@@ -86,6 +92,8 @@ class FisherSum:
 
     def to_arrays(self) -> Arrays:
         """Return what was summed; :meth:`merge` merges it."""
+        for buffer in self._buffers.values():
+            buffer.flush()
         arrays = {"counts": self._counts, "squares": self._squares, "norms": self._norms}
         if self._settings.centered:
             arrays["means"] = self._means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -42,9 +43,12 @@ class FrequentDirections:
         if size < 1:
             raise RequestError(f"Frequent Directions of {size} rows were asked for: give at least 1")
         self.dim, self.size = dim, min(size, dim)
-        self._rows = torch.zeros(2 * self.size, dim, dtype=torch.float64)
         self._filled = 0
         self._trace = self._shrinkage = 0.0
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.zeros(2 * self.size, self.dim, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(K, D)``; the sketch lives on their device.

@@ -36,9 +36,15 @@ class Nystrom:
         if size < 1:
             raise RequestError(f"a Nyström sketch of {size} columns was asked for: give at least 1")
         self.dim, self.size, self.seed = dim, min(size, dim), seed
-        self._test = random_orthonormal(dim, self.size, seed)
-        self._sketch = torch.zeros(dim, self.size, dtype=torch.float64)
         self._trace = 0.0
+
+    @functools.cached_property
+    def _test(self) -> Tensor:
+        return random_orthonormal(self.dim, self.size, self.seed)
+
+    @functools.cached_property
+    def _sketch(self) -> Tensor:
+        return torch.zeros(self.dim, self.size, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(K, D)``; the sketch lives on their device.
