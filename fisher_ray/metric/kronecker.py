@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fisher_ray.errors import DataError
-from fisher_ray.metric.symmetric import add_gram, eigh_descending, mirror, num_above_noise
+from fisher_ray.metric.symmetric import add_gram, fix_signs, mirror, num_above_noise
 from fisher_ray.records import LayerBasis
 
 MAX_SIDE = 8192
@@ -18,6 +19,8 @@ BLOCK_POSITIONS = 65536
 """Positions of backpropagated factors multiplied at a time: bounds the copy that a convolution's layout needs."""
 MIN_POSITIONS = 64
 """Of a sample, with which its products are taken by themselves: with fewer, one product of all samples is faster."""
+MARGIN = 1e-6
+"""By which a bound of an eigenvalue is raised, relative to itself: far more than rounding takes."""
 
 
 class KroneckerSums:
@@ -131,62 +134,145 @@ def choose_bases(
     """
     if not sums:
         raise DataError("the Kronecker sums have no rows: all were skipped, or there are none")
-    decomposed = {}
-    for name in shapes:
-        if sums.get(f"{name}:positions", 0) > 0:  # some row's logits depend on it
-            values_in, vectors_in = _eigh(sums[f"{name}:inputs"], name)
-            values_out, vectors_out = _eigh(sums[f"{name}:outputs"], name)
-            products = torch.outer(values_out, values_in) / float(sums[f"{name}:positions"])
-            decomposed[name] = (vectors_in, vectors_out, products)
-    own = own or {}
-    kept = _largest({name: products for name, (*_, products) in decomposed.items() if name not in own}, dim)
+    own, found, floor = own or {}, {}, _Floor(dim)
+    sides = {name: _Sides.of(name, sums) for name in shapes if sums.get(f"{name}:positions", 0) > 0}
+    for name in sorted(sides, key=lambda name: max(shapes[name])):  # the quick ones may save the slow ones
+        if name in own:
+            found[name] = _candidates(sides[name], own[name], 0.0)
+        else:
+            found[name] = _candidates(sides[name], dim, floor.value)
+            floor.add(found[name].products)
+    found = {name: found[name] for name in shapes if name in found}
+    kept = _largest({name: block for name, block in found.items() if name not in own}, dim)
     for name, number in own.items():
-        if name in decomposed:
-            kept |= _largest({name: decomposed[name][2]}, number)
+        if name in found:
+            kept |= _largest({name: found[name]}, number)
     if not any(len(chosen) for chosen in kept.values()):
         raise DataError("every score is zero: the Fisher metric has no direction. Is the network's output constant?")
-    vectors = {name: (vectors_in, vectors_out) for name, (vectors_in, vectors_out, _) in decomposed.items()}
-    return {name: _basis(name, *vectors[name], kept[name]) for name in vectors if len(kept[name])}
+    return {name: _basis(name, block, kept[name]) for name, block in found.items() if len(kept[name])}
 
 
-def _largest(products: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Return where the ``count`` largest products stand in each block, flattened; zeros are never kept."""
-    if not products:
+@dataclass(frozen=True)
+class _Sides:
+    """A block's moments, of which some row's logits depend on it.
+
+    Attributes:
+        moments: of ``inputs`` and of ``outputs``.
+        bounds: what no eigenvalue of them is above.
+        positions: what products of eigenvalues are divided by.
+    """
+
+    moments: dict[str, np.ndarray]
+    bounds: dict[str, float]
+    positions: float
+
+    @classmethod
+    def of(cls, name: str, sums: Mapping[str, np.ndarray]) -> _Sides:
+        moments = {side: sums[f"{name}:{side}"] for side in ("inputs", "outputs")}
+        if not all(np.isfinite(moment).all() for moment in moments.values()):
+            raise DataError(f"the factors of layer {name!r} sum to NaN or infinity: look for extreme inputs or weights")
+        bounds = {}
+        for side, moment in moments.items():
+            bounds[side] = float(moment.max() if moment.ndim == 1 else np.linalg.norm(moment)) * (1 + MARGIN)
+        return cls(moments, bounds, float(sums[f"{name}:positions"]))
+
+
+class _Floor:
+    """What a product has to reach to be among the ``count`` largest, as far as is known."""
+
+    def __init__(self, count: int) -> None:
+        self._largest, self._count, self.value = torch.zeros(0, dtype=torch.float64), count, 0.0
+
+    def add(self, products: Tensor) -> None:
+        joined = torch.cat([self._largest, products])
+        self._largest = joined.topk(min(self._count, len(joined))).values
+        if self._count and len(self._largest) == self._count:
+            self.value = float(self._largest[-1])
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Products of a block that may be among the largest.
+
+    Attributes:
+        inputs: leading eigenvectors as :func:`_leading` returns them.
+        outputs: likewise.
+        pairs: ``(K, 2)``, output and input eigenvector of each product, in this order.
+        products: ``(K,)``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    pairs: Tensor
+    products: Tensor
+
+
+def _candidates(block: _Sides, count: int, floor: float) -> _Candidates:
+    """Decompose a block's moments, and keep what the ``count`` largest products can be made of.
+
+    Eigenvalues descend, so the product of the ``j``-th and the ``i``-th, counted from 0, is not above any of the
+    ``(j + 1) (i + 1)`` products of those that do not come after them: with more than ``count`` of these, it is not
+    among the largest. About ``count · ln count`` products of ``count`` eigenvectors are left, whatever the block.
+
+    A matrix of which no product can reach ``floor`` is not decomposed, and there are no candidates: its largest
+    eigenvalue is not above its Frobenius norm.
+    """
+    bounds, sides = dict(block.bounds), {}
+    for side, moment in sorted(block.moments.items(), key=lambda item: len(item[1])):
+        if bounds["inputs"] * bounds["outputs"] / block.positions < floor:
+            none = torch.zeros(0)
+            return _Candidates(none, none, torch.zeros(0, 2, dtype=torch.int64), none.double())
+        sides[side] = _leading(moment, count)
+        bounds[side] = float(sides[side][0][:1].sum()) * (1 + MARGIN)
+    (values_in, vectors_in), (values_out, vectors_out) = sides["inputs"], sides["outputs"]
+    outputs = torch.arange(len(values_out))
+    widths = (count // (outputs + 1)).clamp(max=len(values_in))
+    outputs = outputs.repeat_interleave(widths)
+    inputs = torch.arange(len(outputs)) - (widths.cumsum(0) - widths).repeat_interleave(widths)
+    products = values_out[outputs] * values_in[inputs] / block.positions
+    return _Candidates(vectors_in, vectors_out, torch.stack([outputs, inputs], dim=1), products)
+
+
+def _largest(blocks: dict[str, _Candidates], count: int) -> dict[str, Tensor]:
+    """Return each block's pairs among the ``count`` largest products of all; zeros are never kept."""
+    if not blocks:
         return {}
-    flat = torch.cat([block.flatten() for block in products.values()])
-    order = torch.argsort(flat, descending=True, stable=True)[:count]
-    order = order[flat[order] > 0]
+    products = torch.cat([block.products for block in blocks.values()])
+    order = torch.argsort(products, descending=True, stable=True)[:count]
+    order = order[products[order] > 0]
     kept, start = {}, 0
-    for name, block in products.items():
-        kept[name] = order[(order >= start) & (order < start + block.numel())] - start
-        start += block.numel()
+    for name, block in blocks.items():
+        kept[name] = block.pairs[order[(order >= start) & (order < start + len(block.pairs))] - start]
+        start += len(block.pairs)
     return kept
 
 
-def _basis(name: str, vectors_in: Tensor, vectors_out: Tensor, flat: Tensor) -> LayerBasis:
-    num_inputs = vectors_in.shape[-1]
-    outputs, inputs = flat // num_inputs, flat % num_inputs
-    width_out, width_in = int(outputs.max()) + 1, int(inputs.max()) + 1  # eigenvalues descend: a leading block
-    pairs = torch.stack([outputs, inputs], dim=1)
-    return LayerBasis(name, _columns(vectors_in, width_in), _columns(vectors_out, width_out), pairs)
+def _basis(name: str, block: _Candidates, pairs: Tensor) -> LayerBasis:
+    width_out, width_in = (pairs.max(dim=0).values + 1).tolist()  # eigenvalues descend: leading ones
+    return LayerBasis(name, _columns(block.inputs, width_in), _columns(block.outputs, width_out), pairs)
 
 
 def _columns(vectors: Tensor, width: int) -> Tensor:
-    if vectors.ndim == 2:
-        return vectors[:, :width].float().contiguous()
-    columns = torch.zeros(len(vectors), width)
-    columns[vectors[:width], torch.arange(width)] = 1
-    return columns
+    return vectors[:, :width].clone(memory_format=torch.contiguous_format)
 
 
-def _eigh(matrix: np.ndarray, name: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending, those of rounding alone set to zero, and sign-fixed eigenvectors.
+def _leading(matrix: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+    """Return up to ``count`` eigenvalues, descending, and sign-fixed eigenvectors in float32, ``(n, count)``.
 
-    Of a diagonal, the eigenvectors' places.
+    Eigenvalues of rounding alone are set to zero. Of a diagonal, the eigenvectors are unit vectors.
     """
-    tensor = torch.tensor(matrix, dtype=torch.float64)
-    if not bool(torch.isfinite(tensor).all()):
-        raise DataError(f"the factors of layer {name!r} sum to NaN or infinity: look for extreme inputs or weights")
-    values, vectors = tensor.sort(descending=True, stable=True) if tensor.ndim == 1 else eigh_descending(tensor)
+    if matrix.ndim == 1:
+        values, places = torch.tensor(matrix, dtype=torch.float64).sort(descending=True, stable=True)
+        places = places[:count]
+        vectors = torch.zeros(len(values), len(places))
+        vectors[places, torch.arange(len(places))] = 1
+    else:
+        values, vectors = _eigh(matrix, count)
     values[num_above_noise(values) :] = 0
-    return values, vectors
+    return values[:count].clone(), vectors
+
+
+def _eigh(matrix: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(torch.tensor(matrix, dtype=torch.float64))
+    leading = vectors[:, max(0, len(values) - count) :].flip(1)
+    return values.flip(0), fix_signs(leading).float().contiguous()
