@@ -213,3 +213,27 @@ def test_factors_on_a_gpu_are_summed_there_to_the_same():
     expected = kronecker_sums(model, inputs)
     for name, actual in kronecker_sums(model.cuda(), inputs.cuda()).items():
         np.testing.assert_allclose(actual, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_matrix_of_which_no_product_can_be_kept_is_not_decomposed(monkeypatch):
+    sizes, generator = [], np.random.default_rng(0)
+    monkeypatch.setattr(
+        kronecker, "_leading", lambda m, count, _leading=kronecker._leading: sizes.append(len(m)) or _leading(m, count)
+    )
+    shapes = {"small": (4, 9), "large": (3, 8), "middle": (2, 7)}
+    scales = {"small": 1e-3, "large": 1.0, "middle": 0.9}
+    sums = {}
+    for name, shape in shapes.items():
+        for side, size in zip(("outputs", "inputs"), shape, strict=True):
+            rows = generator.normal(size=(20, size))
+            sums[f"{name}:{side}"] = scales[name] * rows.T @ rows
+        sums[f"{name}:positions"] = np.array(20.0)
+
+    bases = choose_bases(sums, shapes, 10)
+
+    assert sizes == [2, 7, 3, 8]
+    assert list(bases) == ["large", "middle"]
+    alone = choose_bases({key: value for key, value in sums.items() if "small" not in key}, shapes, 10)
+    for name, basis in alone.items():
+        torch.testing.assert_close(bases[name].pairs, basis.pairs, rtol=0, atol=0)
+    assert list(choose_bases(sums, shapes, 10, {"small": 2})) == ["small", "large", "middle"]

@@ -25,7 +25,7 @@ def test_a_micro_batch_keeps_to_its_memory(labels, tmp_path):
     engine = ScoreEngine(model)
     engine.all_classes(inputs[:2])
     sizes = []
-    for limit in (80_000_000, 150_000_000, 10**12):
+    for limit in (70_000_000, 150_000_000, 10**12):
         config = digits(tmp_path, f"scores.labels={labels}", f"runtime.memory_bytes={limit}")
         sizes.append(choose_micro_batch(config, engine, inputs[:1]))
         batch = Batch(inputs[: sizes[-1]], torch.zeros(sizes[-1]).long(), torch.arange(sizes[-1]))
