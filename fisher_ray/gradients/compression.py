@@ -57,11 +57,6 @@ class Compressor:
         """Each block's coordinates."""
         return {name: place for name, (_, place) in self._parts.items()}
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether the coordinates are a linear map of the scores."""
-        return not any(isinstance(part, _Largest) for part, _ in self._parts.values())
-
     def compress(self, scores: Scores) -> Tensor:
         """Return compressed scores, ``(B, S, D)``."""
         out = scores.logits.new_zeros(len(scores.logits), scores.num_scores, self.dim)

@@ -56,24 +56,5 @@ def _square_of_products(item: AffineFactors) -> float:
     return total
 
 
-def _pays(item: AffineFactors) -> bool:
-    """Whether the products of positions are fewer than the gradients' entries, and take less work."""
-    num_scores, _, num_outputs, num_positions = item.deltas.shape
-    size = item.block.num_inputs
-    fewer = num_positions**2 <= num_outputs * size
-    height = num_scores * num_outputs
-    return fewer and num_positions > 1 and num_positions * (size + height) < height * size
-
-
-def _square_of_products(item: AffineFactors) -> float:
-    """Return ``Σ_t Σ_u (a_tᵀ a_u)(δ_tᵀ δ_u)``, which is ``|Σ_t δ_t a_tᵀ|²``, without forming it."""
-    inputs = item.inputs()
-    products = torch.bmm(inputs.transpose(1, 2), inputs)
-    total = 0.0
-    for deltas in item.deltas:
-        total += float((products * torch.bmm(deltas.transpose(1, 2), deltas)).sum(dtype=torch.float64))
-    return total
-
-
 def _sum(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())

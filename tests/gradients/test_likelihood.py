@@ -134,16 +134,3 @@ def test_what_a_likelihood_cannot_do_is_refused(call, error, words):
 def test_an_output_of_another_likelihood_is_refused():
     with pytest.raises(ModelError, match="not logits of shape"):
         ScoreEngine(nn.Linear(3, 4), likelihood=NextToken()).of_labels(torch.zeros(2, 3), torch.zeros(2, 1).long())
-
-
-@pytest.mark.parametrize("classes", [1, 2, 5])
-@pytest.mark.parametrize("name", ["softmax", "gaussian", "bernoulli"])
-def test_the_roots_outer_products_sum_to_those_of_all_scores(name, classes):
-    likelihood = LAWS[name][0]
-    output = 9 * torch.randn(6, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    output[0] = 0
-    output[1, -1] = 900  # a probability of one, and others that vanish
-    root, scores = likelihood.fisher_root(output), likelihood.all_scores(output, weighted=True)
-    assert len(root) == (max(1, classes - 1) if name == "softmax" else classes)
-    fishers = [torch.einsum("sbi,sbj->bij", found, found) for found in (root, scores)]
-    torch.testing.assert_close(*fishers, rtol=1e-13, atol=1e-15)
