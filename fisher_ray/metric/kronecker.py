@@ -19,6 +19,8 @@ BLOCK_POSITIONS = 65536
 """Positions of backpropagated factors multiplied at a time: bounds the copy that a convolution's layout needs."""
 MIN_POSITIONS = 64
 """Of a sample, with which its products are taken by themselves: with fewer, one product of all samples is faster."""
+MARGIN = 1e-6
+"""By which a bound of an eigenvalue is raised, relative to itself: far more than rounding takes."""
 
 
 class KroneckerSums:
@@ -132,16 +134,58 @@ def choose_bases(
     """
     if not sums:
         raise DataError("the Kronecker sums have no rows: all were skipped, or there are none")
-    own, found = own or {}, {}
-    for name in shapes:
-        positions = float(sums.get(f"{name}:positions", 0))
-        if positions > 0:  # some row's logits depend on it
-            found[name] = _candidates(name, sums, positions, own.get(name, dim))
+    own, found, floor = own or {}, {}, _Floor(dim)
+    sides = {name: _Sides.of(name, sums) for name in shapes if sums.get(f"{name}:positions", 0) > 0}
+    for name in sorted(sides, key=lambda name: max(shapes[name])):  # the quick ones may save the slow ones
+        if name in own:
+            found[name] = _candidates(sides[name], own[name], 0.0)
+        else:
+            found[name] = _candidates(sides[name], dim, floor.value)
+            floor.add(found[name].products)
+    found = {name: found[name] for name in shapes if name in found}
     kept = _largest({name: block for name, block in found.items() if name not in own}, dim)
     for name, number in own.items():
         if name in found:
             kept |= _largest({name: found[name]}, number)
     return {name: _basis(name, block, kept[name]) for name, block in found.items() if len(kept[name])}
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """A block's moments, of which some row's logits depend on it.
+
+    Attributes:
+        moments: of ``inputs`` and of ``outputs``.
+        bounds: what no eigenvalue of them is above.
+        positions: what products of eigenvalues are divided by.
+    """
+
+    moments: dict[str, np.ndarray]
+    bounds: dict[str, float]
+    positions: float
+
+    @classmethod
+    def of(cls, name: str, sums: Mapping[str, np.ndarray]) -> _Sides:
+        moments = {side: sums[f"{name}:{side}"] for side in ("inputs", "outputs")}
+        if not all(np.isfinite(moment).all() for moment in moments.values()):
+            raise DataError(f"the factors of layer {name!r} sum to NaN or infinity: look for extreme inputs or weights")
+        bounds = {}
+        for side, moment in moments.items():
+            bounds[side] = float(moment.max() if moment.ndim == 1 else np.linalg.norm(moment)) * (1 + MARGIN)
+        return cls(moments, bounds, float(sums[f"{name}:positions"]))
+
+
+class _Floor:
+    """What a product has to reach to be among the ``count`` largest, as far as is known."""
+
+    def __init__(self, count: int) -> None:
+        self._largest, self._count, self.value = torch.zeros(0, dtype=torch.float64), count, 0.0
+
+    def add(self, products: Tensor) -> None:
+        joined = torch.cat([self._largest, products])
+        self._largest = joined.topk(min(self._count, len(joined))).values
+        if self._count and len(self._largest) == self._count:
+            self.value = float(self._largest[-1])
 
 
 @dataclass(frozen=True)
@@ -161,20 +205,29 @@ class _Candidates:
     products: Tensor
 
 
-def _candidates(name: str, sums: Mapping[str, np.ndarray], positions: float, count: int) -> _Candidates:
+def _candidates(block: _Sides, count: int, floor: float) -> _Candidates:
     """Decompose a block's moments, and keep what the ``count`` largest products can be made of.
 
     Eigenvalues descend, so the product of the ``j``-th and the ``i``-th, counted from 0, is not above any of the
     ``(j + 1) (i + 1)`` products of those that do not come after them: with more than ``count`` of these, it is not
     among the largest. About ``count · ln count`` products of ``count`` eigenvectors are left, whatever the block.
+
+    A matrix of which no product can reach ``floor`` is not decomposed, and there are no candidates: its largest
+    eigenvalue is not above its Frobenius norm.
     """
-    values_in, vectors_in = _leading(sums[f"{name}:inputs"], name, count)
-    values_out, vectors_out = _leading(sums[f"{name}:outputs"], name, count)
+    bounds, sides = dict(block.bounds), {}
+    for side, moment in sorted(block.moments.items(), key=lambda item: len(item[1])):
+        if bounds["inputs"] * bounds["outputs"] / block.positions < floor:
+            none = torch.zeros(0)
+            return _Candidates(none, none, torch.zeros(0, 2, dtype=torch.int64), none.double())
+        sides[side] = _leading(moment, count)
+        bounds[side] = float(sides[side][0][:1].sum()) * (1 + MARGIN)
+    (values_in, vectors_in), (values_out, vectors_out) = sides["inputs"], sides["outputs"]
     outputs = torch.arange(len(values_out))
     widths = (count // (outputs + 1)).clamp(max=len(values_in))
     outputs = outputs.repeat_interleave(widths)
     inputs = torch.arange(len(outputs)) - (widths.cumsum(0) - widths).repeat_interleave(widths)
-    products = values_out[outputs] * values_in[inputs] / positions
+    products = values_out[outputs] * values_in[inputs] / block.positions
     return _Candidates(vectors_in, vectors_out, torch.stack([outputs, inputs], dim=1), products)
 
 
@@ -201,13 +254,11 @@ def _columns(vectors: Tensor, width: int) -> Tensor:
     return vectors[:, :width].clone(memory_format=torch.contiguous_format)
 
 
-def _leading(matrix: np.ndarray, name: str, count: int) -> tuple[Tensor, Tensor]:
+def _leading(matrix: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
     """Return up to ``count`` eigenvalues, descending, and sign-fixed eigenvectors in float32, ``(n, count)``.
 
     Eigenvalues of rounding alone are set to zero. Of a diagonal, the eigenvectors are unit vectors.
     """
-    if not np.isfinite(matrix).all():
-        raise DataError(f"the factors of layer {name!r} sum to NaN or infinity: look for extreme inputs or weights")
     if matrix.ndim == 1:
         values, places = torch.tensor(matrix, dtype=torch.float64).sort(descending=True, stable=True)
         places = places[:count]
