@@ -1,6 +1,6 @@
 """Memory and time of what one actor does for the metric of a network of 25 million parameters.
 
-    python -m tests.benchmarks.metric.large [--samples 32] [--micro-batch 4] [--side 64] [--json FILE]
+    python -m tests.benchmarks.metric.large [--samples 320] [--micro-batch 32] [--side 64] [--json FILE]
 
 A ResNet-50 (He et al., 2016; random weights, batch normalisation in eval mode) and random pictures. Compression is
 ``kronecker`` to 1,024 coordinates, the metric of rank 256, ``labels: sampled`` with one draw. One process does
@@ -130,7 +130,7 @@ def main() -> None:
     """Measure, say whether it fits, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: Callable[..., Any] = partial(parser.add_argument, type=int)
-    for name, value in (("samples", 32), ("micro-batch", 4), ("side", 64), ("classes", 1000), ("threads", 1)):
+    for name, value in (("samples", 320), ("micro-batch", 32), ("side", 64), ("classes", 1000), ("threads", 1)):
         number(f"--{name}", default=value)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
