@@ -51,6 +51,11 @@ class Block:
     num_inputs: int
     pieces: tuple[Piece, ...]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, A)``."""
+        return self.num_outputs, self.num_inputs
+
     def split(self, gradient: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """Yield each piece and its part of ``(..., O, A)``, shape ``(..., *piece.shape)``."""
         for piece in self.pieces:

@@ -12,8 +12,8 @@ from torch import Tensor
 from fisher_ray.errors import ModelError, RequestError
 from fisher_ray.gradients.blocks import Block, block_seed
 from fisher_ray.gradients.factors import AffineFactors, Factors, FormedFactors
-from fisher_ray.gradients.forming import Scores
-from fisher_ray.gradients.largest import num_largest
+from fisher_ray.gradients.forming import Scores, add_calls
+from fisher_ray.gradients.largest import largest_entries, num_largest
 from fisher_ray.gradients.sketch import BlockSketch, fold
 from fisher_ray.records import Compression, LayerBasis, LayerSketch
 
@@ -37,7 +37,7 @@ class Compressor:
         self.dim = 0
         for name, basis in bases.items():
             block = known.get(name)
-            if block is None or (block.num_outputs, block.num_inputs) != basis.shape:
+            if block is None or block.shape != basis.shape:
                 found = f"{block.num_outputs} × {block.num_inputs}" if block else "none of that name"
                 raise ModelError(
                     f"the metric has a layer {name!r} with factors of {basis.shape[0]} × {basis.shape[1]}, the network "
@@ -60,9 +60,7 @@ class Compressor:
     def compress(self, scores: Scores) -> Tensor:
         """Return compressed scores, ``(B, S, D)``."""
         out = scores.logits.new_zeros(len(scores.logits), scores.num_scores, self.dim)
-        calls: dict[str, list[Factors]] = {}
-        for item in scores.factors:
-            calls.setdefault(item.block.name, []).append(item)
+        calls = scores.by_block()
         for name, (part, place) in self._parts.items():
             if name in calls:
                 part.add(calls[name], out[:, :, place])
@@ -178,17 +176,14 @@ class _Largest:
         self._sketch = None if basis.seed is None else BlockSketch(block, basis.dim, basis.seed, like)
 
     def add(self, calls: list[Factors], out: Tensor) -> None:
-        gradient = calls[0].gradient()
-        for item in calls[1:]:
-            gradient = gradient + item.gradient()
+        gradient = add_calls(calls)
         flat = gradient.flatten(2)
-        chosen = flat.abs().topk(self._kept, dim=2, sorted=False).indices
+        kept = torch.zeros_like(flat).scatter_(2, *largest_entries(flat, self._kept))
         if self._sketch is None:
-            out += torch.zeros_like(flat).scatter_(2, chosen, flat.gather(2, chosen))
+            out += kept
             return
-        kept = torch.zeros_like(flat).scatter_(2, chosen, flat.gather(2, chosen)).view_as(gradient)
         wide = out.new_zeros(*out.shape[:2], 2 * out.shape[2])
-        self._sketch.add_gradient(kept, wide)
+        self._sketch.add_gradient(kept.view_as(gradient), wide)
         out += fold(wide)
 
     def transpose(self, compressed: Tensor) -> Tensor:

@@ -320,7 +320,7 @@ class FormedFactors:
 
     def of_scores(self, scores: slice) -> FormedFactors:
         """See :class:`Factors`."""
-        return replace(self, value=self.value[:, scores].clone())
+        return replace(self, value=self.value[:, scores])
 
     def norms(self) -> Tensor:
         """Return ``|G|²``."""

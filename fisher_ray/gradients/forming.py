@@ -27,6 +27,21 @@ class Scores:
     num_scores: int
     factors: list[Factors]
 
+    def by_block(self) -> dict[str, list[Factors]]:
+        """Return the calls' factors by block; a block that the batch does not reach is left out."""
+        found: dict[str, list[Factors]] = {}
+        for item in self.factors:
+            found.setdefault(item.block.name, []).append(item)
+        return found
+
+
+def add_calls(calls: Sequence[Factors]) -> Tensor:
+    """Return a block's gradients ``(B, S, O, A)``: those of its calls, one at least, added."""
+    gradient = calls[0].gradient()
+    for item in calls[1:]:
+        gradient = gradient + item.gradient()
+    return gradient
+
 
 def form_gradients(blocks: Sequence[Block], model: nn.Module, scores: Scores) -> dict[str, Tensor]:
     """Form every parameter's gradients ``(B, S, *shape)``, in the network's order; calls are added.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisher_ray.gradients.blocks import Block
-from fisher_ray.gradients.forming import Scores
+from fisher_ray.gradients.forming import Scores, add_calls
 
 
 class LargestEntries:
@@ -39,20 +39,23 @@ class LargestEntries:
         shape = (len(scores.logits), scores.num_scores, self.num_kept)
         values = scores.logits.new_zeros(shape)
         coordinates = torch.zeros(shape, dtype=torch.int32, device=values.device)
-        place = 0
+        place, calls = 0, scores.by_block()
         for block in self._blocks:
             kept, start = self._kept[block.name], self._starts[block.name]
             part = slice(place, place + kept)
             place += kept
-            calls = [item.gradient().flatten(2) for item in scores.factors if item.block.name == block.name]
-            if calls:
-                gradient = sum(calls[1:], start=calls[0])
-                chosen = gradient.abs().topk(kept, dim=2, sorted=False).indices.sort(dim=2).values
-                values[:, :, part] = gradient.gather(2, chosen)
+            if block.name in calls:
+                chosen, values[:, :, part] = largest_entries(add_calls(calls[block.name]).flatten(2), kept)
                 coordinates[:, :, part] = (chosen + start).int()
             else:
                 coordinates[:, :, part] = torch.arange(start, start + kept, device=values.device)
         return values, coordinates
+
+
+def largest_entries(gradient: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Return where in gradients ``(B, S, n)`` the largest magnitudes stand, ascending, and the entries, ``(B, S, K)``."""
+    chosen = gradient.abs().topk(kept, dim=2, sorted=False).indices.sort(dim=2).values
+    return chosen, gradient.gather(2, chosen)
 
 
 def num_largest(size: int, share: float) -> int:

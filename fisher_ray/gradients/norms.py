@@ -7,15 +7,12 @@ from torch import Tensor
 
 from fisher_ray.gradients.factors import AffineFactors, Factors
 from fisher_ray.gradients.formation import Workspace, form_chunks
-from fisher_ray.gradients.forming import Scores
+from fisher_ray.gradients.forming import Scores, add_calls
 
 
 def square_norms(scores: Scores) -> dict[str, float]:
     """Return ``Σ_x Σ_c |s_c(x)|²`` by layer; of a layer that is called once, the gradients are formed in pieces."""
-    calls: dict[str, list[Factors]] = {}
-    for item in scores.factors:
-        calls.setdefault(item.block.name, []).append(item)
-    return {name: _square(items) for name, items in calls.items()}
+    return {name: _square(items) for name, items in scores.by_block().items()}
 
 
 def _square(items: list[Factors]) -> float:
@@ -26,15 +23,8 @@ def _square(items: list[Factors]) -> float:
         workspace = Workspace(first.deltas)
         weight = sum(_sum(chunk.gradient) for chunk in form_chunks(first, workspace)) if first.source.weight else 0.0
         return weight + (_sum(first.deltas.sum(dim=3)) if first.source.bias else 0.0)
-    scores = range(first.num_scores)  # one at a time: a whole gradient may be large
-    return sum(_sum(_gradient(items, slice(score, score + 1))) for score in scores)
-
-
-def _gradient(items: list[Factors], scores: slice) -> Tensor:
-    gradient = items[0].of_scores(scores).gradient()
-    for item in items[1:]:
-        gradient += item.of_scores(scores).gradient()
-    return gradient
+    scores = (slice(score, score + 1) for score in range(first.num_scores))  # a whole gradient may be large
+    return sum(_sum(add_calls([item.of_scores(part) for item in items])) for part in scores)
 
 
 def _pays(item: AffineFactors) -> bool:

@@ -74,7 +74,7 @@ class ScoreEngine:
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
         """``(O, A)`` of every block."""
-        return {block.name: (block.num_outputs, block.num_inputs) for block in self.blocks}
+        return {block.name: block.shape for block in self.blocks}
 
     @property
     def selection(self) -> str | list[str]:

@@ -6,7 +6,6 @@ from fisher_ray.metric.bases import (
     basis_arrays,
     basis_attributes,
     plan_compression,
-    sketches,
 )
 from fisher_ray.metric.class_gap import ClassGapSum, class_gaps
 from fisher_ray.metric.damping import held_out_damping
@@ -43,6 +42,5 @@ __all__ = [
     "class_gaps",
     "held_out_damping",
     "plan_compression",
-    "sketches",
     "zero_sums",
 ]

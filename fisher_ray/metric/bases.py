@@ -129,18 +129,6 @@ def spread(total: int, sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def sketches(plans: Plans, shapes: Shapes, seed: int, share: float) -> dict[str, LayerSketch]:
-    """Return the compression of the layers of kind ``sketch``, ``topk`` and ``identity``."""
-    found = {}
-    for name, plan in plans.layers.items():
-        if plan.kind not in ("sketch", "topk", "identity") or not plan.dim:
-            continue
-        whole = plan.dim == math.prod(shapes[name])  # as many numbers as entries: nothing has to be added up
-        kept = share if plan.kind == "topk" else 1.0
-        found[name] = LayerSketch(name, shapes[name], plan.dim, None if whole else seed, kept)
-    return found
-
-
 def basis_arrays(bases: Mapping[str, Compression]) -> dict[str, np.ndarray]:
     """Return the arrays that hold ``bases``, named ``basis-<position>-<part>``."""
     arrays = {}

@@ -11,14 +11,8 @@ import numpy as np
 from fisher_ray.config import CompressionConfig, MetricConfig
 from fisher_ray.errors import ConfigError, DataError
 from fisher_ray.gradients import Block, random_basis
-from fisher_ray.metric import Plans, choose_bases, plan_compression, sketches
-from fisher_ray.records import Compression
-
-
-def shapes_of(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
-    """Return ``(O, A)`` by layer, in the network's order."""
-    return {block.name: (block.num_outputs, block.num_inputs) for block in blocks}
-
+from fisher_ray.metric import Plans, choose_bases, plan_compression
+from fisher_ray.records import Compression, LayerSketch
 
 MAX_BYTES = 2**31
 """What one of an estimator's arrays, or the metric's eigenvectors, may take."""
@@ -66,17 +60,13 @@ def choose_compression(
         ConfigError: as :func:`fisher_ray.metric.plan_compression`.
         DataError: as :func:`fisher_ray.metric.choose_bases`; or if every score is zero.
     """
-    shapes = shapes_of(blocks)
+    shapes = {block.name: block.shape for block in blocks}
     plans = plan_compression(config, shapes)
-    found: dict[str, Compression] = dict(sketches(plans, shapes, seed, config.share))
-    of_kind = {name: plan for name, plan in plans.layers.items() if plan.kind == "kronecker"}
-    if of_kind:
-        own = {name: plan.dim for name, plan in of_kind.items() if plan.dim is not None}
-        found |= choose_bases(moments or {}, {name: shapes[name] for name in of_kind}, plans.shared, own)
-    for block in blocks:
-        plan = plans.layers[block.name]
-        if plan.kind == "random" and plan.dim:
-            found[block.name] = random_basis(block, *_sides(plan.dim, *shapes[block.name]), seed)
+    found = _without_data(config, plans, blocks, seed)
+    if plans.with_moments:
+        own = {name: dim for name in plans.with_moments if (dim := plans.layers[name].dim) is not None}
+        of_kind = {name: shapes[name] for name in plans.with_moments}
+        found |= choose_bases(moments or {}, of_kind, plans.shared, own)
     if not found:
         raise DataError("every score is zero: the Fisher metric has no direction. Is the network's output constant?")
     return {name: found[name] for name in shapes if name in found}
@@ -88,17 +78,31 @@ def stand_in(config: CompressionConfig, blocks: Sequence[Block]) -> dict[str, Co
     A layer of kind ``kronecker`` gets as many columns on either side as if the coordinates of all of them were its own,
     a quarter of its products kept.
     """
-    shapes = shapes_of(blocks)
-    plans = plan_compression(config, shapes)
-    found: dict[str, Compression] = dict(sketches(plans, shapes, 0, config.share))
+    plans = plan_compression(config, {block.name: block.shape for block in blocks})
+    found = _without_data(config, plans, blocks, 0)
     for block in blocks:
-        plan = plans.layers[block.name]
-        if plan.kind == "kronecker":
-            dim = plan.dim or plans.shared
+        if block.name in plans.with_moments:
+            dim = plans.layers[block.name].dim or plans.shared
             basis = random_basis(block, 2 * math.isqrt(dim), 2 * math.isqrt(dim), 0)
             found[block.name] = replace(basis, pairs=basis.pairs[: max(1, min(dim, len(basis.pairs) // 4))])
-        elif plan.kind == "random" and plan.dim:
-            found[block.name] = random_basis(block, *_sides(plan.dim, *shapes[block.name]), 0)
+    return found
+
+
+def _without_data(
+    config: CompressionConfig, plans: Plans, blocks: Sequence[Block], seed: int
+) -> dict[str, Compression]:
+    """Return the compression of the layers whose kind needs to know nothing of the data."""
+    found: dict[str, Compression] = {}
+    for block in blocks:
+        entry = plans.layers[block.name]
+        if entry.kind == "kronecker" or not entry.dim:
+            continue
+        if entry.kind == "random":
+            found[block.name] = random_basis(block, *_sides(entry.dim, *block.shape), seed)
+            continue
+        whole = entry.dim == math.prod(block.shape)  # as many numbers as entries: nothing has to be added up
+        share = config.share if entry.kind == "topk" else 1.0
+        found[block.name] = LayerSketch(block.name, block.shape, entry.dim, None if whole else seed, share)
     return found
 
 
