@@ -53,7 +53,7 @@ class LargestEntries:
 
 
 def largest_entries(gradient: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Return where in gradients ``(B, S, n)`` the largest magnitudes stand, ascending, and the entries, ``(B, S, K)``."""
+    """Return where gradients ``(B, S, n)`` are largest, ascending, and these entries, each ``(B, S, K)``."""
     chosen = gradient.abs().topk(kept, dim=2, sorted=False).indices.sort(dim=2).values
     return chosen, gradient.gather(2, chosen)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -234,9 +233,31 @@ def batch_features(
     Raises:
         MemoryExhaustedError: if there is not enough memory for one sample.
     """
+
+    def compressed_of(part: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        logits, hidden, compressed = [], [], []
+        mirrored = [Batch(part.inputs.flip(-1), part.labels, part.index)] if views == 2 else []
+        for view in [part, *mirrored]:
+            scores, values = compressed_scores(engine, compressor, view, labels, seed)
+            logits.append(scores.logits)
+            hidden += [] if scores.hidden is None else [scores.hidden]
+            compressed.append(values)
+        return logits, hidden, _mean(compressed)
+
+    def finite(made: tuple[list[Tensor], list[Tensor], Tensor]) -> Tensor:
+        return _finite_rows(made[2]) & _finite_rows(_mean(made[0]))
+
+    def features(part: Batch) -> Features | None:
+        found = _usable(part, compressed_of, finite, drop)
+        if found is None:
+            return None
+        kept, (logits, hidden, compressed) = found
+        values = metric.transform(compressed)  # whitening is linear: one for all views
+        values = values if labels == "all" else values[:, 0]
+        return Features(kept, values, _mean(logits), _mean(hidden) if hidden else None)
+
     parts: list[Features | None] = []
-    make = partial(_features, engine, compressor, metric, labels=labels, seed=seed, views=views, drop=drop)
-    (halvings or Halvings()).each(batch, make, parts.append)
+    (halvings or Halvings()).each(batch, features, parts.append)
     return _joined([part for part in parts if part is not None])
 
 
@@ -251,39 +272,6 @@ def _joined(parts: list[Features]) -> Features | None:
         torch.cat([part.logits for part in parts]),
         torch.cat(hidden) if hidden else None,
     )
-
-
-def _features(
-    engine: ScoreEngine,
-    compressor: Compressor,
-    metric: LowRankMetric,
-    batch: Batch,
-    *,
-    labels: str,
-    seed: int,
-    views: int,
-    drop: Drop | None,
-) -> Features | None:
-    def compressed_of(part: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        logits, hidden, compressed = [], [], []
-        mirrored = [Batch(part.inputs.flip(-1), part.labels, part.index)] if views == 2 else []
-        for view in [part, *mirrored]:
-            scores, values = compressed_scores(engine, compressor, view, labels, seed)
-            logits.append(scores.logits)
-            hidden += [] if scores.hidden is None else [scores.hidden]
-            compressed.append(values)
-        return logits, hidden, _mean(compressed)
-
-    def finite(made: tuple[list[Tensor], list[Tensor], Tensor]) -> Tensor:
-        return _finite_rows(made[2]) & _finite_rows(_mean(made[0]))
-
-    found = _usable(batch, compressed_of, finite, drop)
-    if found is None:
-        return None
-    kept, (logits, hidden, compressed) = found
-    features = metric.transform(compressed)  # whitening is linear: one for all views
-    features = features if labels == "all" else features[:, 0]
-    return Features(kept, features, _mean(logits), _mean(hidden) if hidden else None)
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
