@@ -35,6 +35,11 @@ class KroneckerSums:
     def __init__(self) -> None:
         """See the class."""
         self._sums: dict[str, Tensor] = {}
+        self._num_rows = 0
+
+    def count(self, num_rows: int) -> None:
+        """Take note of so many samples, whether or not they reach a block."""
+        self._num_rows += num_rows
 
     def add(self, block: str, inputs: Tensor, deltas: Tensor) -> None:
         """Add one call's factors: ``inputs`` ``(B, A, T)`` and, weighted by ``√p_c``, ``deltas`` ``(S, B, O, T)``."""
@@ -89,7 +94,7 @@ class KroneckerSums:
         return self._sums[key]
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return ``<block>:inputs`` ``(A, A)``, ``<block>:outputs`` ``(O, O)`` and ``<block>:positions`` ``()``.
+        """Return ``<block>:inputs`` ``(A, A)``, ``<block>:outputs`` ``(O, O)``, ``<block>:positions``, ``num_rows``.
 
         A side longer than :data:`MAX_SIDE` has its diagonal alone. Adding the arrays of several sums element by element
         merges the sums.
@@ -97,12 +102,13 @@ class KroneckerSums:
         for total in self._sums.values():
             if total.ndim == 2:
                 mirror(total)
-        return {key: value.cpu().numpy() for key, value in self._sums.items()}
+        arrays = {key: value.cpu().numpy() for key, value in self._sums.items()}
+        return {"num_rows": np.array(float(self._num_rows)), **arrays}
 
 
 def zero_sums(shapes: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
     """Return the arrays of sums over no samples, for blocks of the shapes ``(O, A)``."""
-    found = {}
+    found = {"num_rows": np.zeros(())}
     for name, (num_outputs, num_inputs) in shapes.items():
         for side, size in (("inputs", num_inputs), ("outputs", num_outputs)):
             found[f"{name}:{side}"] = np.zeros((size,) if size > MAX_SIDE else (size, size))
@@ -132,7 +138,7 @@ def choose_bases(
     Raises:
         DataError: if the sums hold no rows or are not finite.
     """
-    if not sums:
+    if not sums["num_rows"] > 0:
         raise DataError("the Kronecker sums have no rows: all were skipped, or there are none")
     own, found, floor = own or {}, {}, _Floor(dim)
     sides = {name: _Sides.of(name, sums) for name in shapes if sums.get(f"{name}:positions", 0) > 0}

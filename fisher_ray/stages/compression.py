@@ -11,7 +11,7 @@ import numpy as np
 from fisher_ray.config import CompressionConfig, MetricConfig
 from fisher_ray.errors import ConfigError, DataError
 from fisher_ray.gradients import Block, random_basis
-from fisher_ray.metric import Plans, choose_bases, plan_compression
+from fisher_ray.metric import Plans, choose_bases, plan_compression, zero_sums
 from fisher_ray.records import Compression, LayerSketch
 
 MAX_BYTES = 2**31
@@ -66,7 +66,7 @@ def choose_compression(
     if plans.with_moments:
         own = {name: dim for name in plans.with_moments if (dim := plans.layers[name].dim) is not None}
         of_kind = {name: shapes[name] for name in plans.with_moments}
-        found |= choose_bases(moments or {}, of_kind, plans.shared, own)
+        found |= choose_bases(moments or zero_sums(of_kind), of_kind, plans.shared, own)
     if not found:
         raise DataError("every score is zero: the Fisher metric has no direction. Is the network's output constant?")
     return {name: found[name] for name in shapes if name in found}

@@ -108,19 +108,19 @@ def kronecker_pass(
     def scores_of(part: Batch) -> tuple[Batch, Scores] | None:
         return _usable(part, lambda some: root_scores(engine, some, labels, seed, draws), _finite_factors, drop)
 
-    seen = False
-
     def add(found: tuple[Batch, Scores] | None) -> None:
-        nonlocal seen
-        seen = seen or found is not None
-        for item in found[1].factors if found else ():
+        if found is None:
+            return
+        kept, scores = found
+        sums.count(len(kept.inputs))
+        for item in scores.factors:
             if item.block.name in layers:
                 item.add_moments(sums)
 
     for batch in batches:
         halvings.each(batch, scores_of, add)
-    unreached = zero_sums({name: engine.block_shapes[name] for name in layers}) if seen else {}
-    return {**unreached, **sums.to_arrays()}
+    unreached = zero_sums({name: engine.block_shapes[name] for name in layers})
+    return {**unreached, **sums.to_arrays()}  # the same names, whatever the batches reach
 
 
 def fisher_pass(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fisher_ray.metric import LowRankMetric, basis_arrays, basis_attributes, zero_sums
+from fisher_ray.metric import LowRankMetric, basis_arrays, basis_attributes
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages import compression, shallow
 from fisher_ray.stages.halving import Halvings
@@ -26,11 +26,9 @@ def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, 
     batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
     drop, halvings = partial(drop_row, bench, "shallow", skipped), Halvings()
     plans = compression.plan(config.compression, config.metric, bench.facts.block_shapes)
-    shapes = {name: bench.facts.block_shapes[name] for name in plans.with_moments}
-    labels, draws = config.metric_labels, config.metric.draws
-    sums = kronecker_pass(bench.engine, shapes, batches, labels, config.seed, drop, halvings, draws)
-    arrays = {**zero_sums(shapes), **sums}  # the same names in all
-    return _receipt(unit, attempt, start, skipped, halvings.count), arrays
+    layers, labels, draws = plans.with_moments, config.metric_labels, config.metric.draws
+    sums = kronecker_pass(bench.engine, layers, batches, labels, config.seed, drop, halvings, draws)
+    return _receipt(unit, attempt, start, skipped, halvings.count), sums
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:

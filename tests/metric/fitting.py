@@ -15,6 +15,7 @@ from fisher_ray.records import Compression, LayerSketch
 
 def kronecker_sums(model: nn.Module, inputs: Tensor) -> dict[str, np.ndarray]:
     sums = KroneckerSums()
+    sums.count(len(inputs))
     for item in ScoreEngine(model).all_classes(inputs).factors:
         sums.add(item.block.name, item.inputs(), item.deltas)
     return sums.to_arrays()

@@ -48,7 +48,8 @@ def test_sums_equal_outer_products_of_factors_unfolded_by_hand(name):
     model, inputs = network(name, 4)
     sums, expected = kronecker_sums(model, inputs), reference.factor_sums(model, inputs)
 
-    assert sums.keys() == {f"{layer}:{key}" for layer in expected for key in FACTORS}
+    assert sums.keys() == {"num_rows", *(f"{layer}:{key}" for layer in expected for key in FACTORS)}
+    assert float(sums["num_rows"]) == 4
     for layer, by_hand in expected.items():
         for key, value in zip(FACTORS, by_hand, strict=True):
             actual = sums[f"{layer}:{key}"]
@@ -229,6 +230,7 @@ def test_a_matrix_of_which_no_product_can_be_kept_is_not_decomposed(monkeypatch)
             sums[f"{name}:{side}"] = scales[name] * rows.T @ rows
         sums[f"{name}:positions"] = np.array(20.0)
 
+    sums["num_rows"] = np.array(20.0)
     bases = choose_bases(sums, shapes, 10)
 
     assert sizes == [2, 7, 3, 8]

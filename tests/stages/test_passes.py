@@ -270,6 +270,13 @@ def test_a_units_receipt_names_the_rows_that_it_left_out(tmp_path):
         assert set(receipt.skipped) == {row for row in BAD if unit.start <= row < unit.stop}
 
 
+def test_units_whose_rows_are_all_skipped_say_so(tmp_path):
+    bench = small_bench(tmp_path, bad=tuple(range(16, 70)), data={"on_error": "skip"})
+    moments = merged([tasks.sum_kronecker(bench, unit, 1)[1] for unit in plan_units(70, 16)[1:]])
+    with pytest.raises(DataError, match="no rows: all were skipped"):
+        tasks.choose_basis(bench, moments)
+
+
 @given(st.floats(1e-6, 1), st.one_of(st.none(), st.integers(2, 1000)))
 def test_features_in_half_precision_are_scaled_to_the_middle_of_its_range(feature_rms, num_scores):
     arrays = feature_arrays(7, num_scores, 5, None, "float16", feature_rms)
