@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ class Adjacent(Exact):
         self.taper = taper(len(dims))
         self._edges = edges
 
-    def _components(self, arrays: Arrays) -> Iterator[tuple[slice, Tensor]]:
-        for span, matrix in super()._components(arrays):
-            layers = torch.bucketize(torch.arange(span.start, span.stop), torch.tensor(self._edges[1:]), right=True)
-            matrix[layers[:, None] != layers] *= self.taper
-            yield span, matrix
+    def dense(self, arrays: Arrays) -> Tensor:
+        """Return the tapered matrix, ``(D, D)``, float64."""
+        matrix = super().dense(arrays)
+        layers = torch.bucketize(torch.arange(self.dim), torch.tensor(self._edges[1:]), right=True)
+        matrix[layers[:, None] != layers] *= self.taper
+        return matrix
 
 
 def taper(num_layers: int) -> float:

@@ -82,9 +82,11 @@ class Exact:
 
     def dense(self, arrays: Arrays) -> Tensor:
         """Return ``M``, symmetric, ``(D, D)``, float64."""
+        packed = torch.tensor(arrays["packed"])
         total = torch.zeros(self.dim, self.dim, dtype=torch.float64)
-        for span, matrix in self._components(arrays):
-            total[span, span] = matrix
+        for panel in self._panels:
+            total[panel.rows, panel.columns] = panel.of(packed)
+        mirror(total)
         return total
 
     def trace(self, arrays: Arrays) -> float:
@@ -95,40 +97,19 @@ class Exact:
     def eigendecompose(self, arrays: Arrays, rank: int) -> tuple[Tensor, Tensor]:
         """Return leading eigenvalues ``(r,)``, descending, and orthonormal columns ``(D, r)``, float64.
 
-        Coordinates that the structure does not connect are decomposed apart. No eigenvalue is below ``D ε`` times the
-        first.
+        No eigenvalue is below ``D ε`` times the first.
 
         Raises:
             DataError: if the sums are not finite.
         """
         refuse_non_finite(arrays)
-        found = [(span, *eigh_descending(matrix)) for span, matrix in self._components(arrays)]
-        values, order = torch.cat([values for _, values, _ in found]).sort(descending=True, stable=True)
+        values, vectors = eigh_descending(self.dense(arrays))
         keep = min(rank, num_above_noise(values))
-        vectors = torch.zeros(self.dim, keep, dtype=torch.float64)
-        for span, _, columns in found:  # as many eigenvalues as coordinates: the span is one of both
-            own = ((order[:keep] >= span.start) & (order[:keep] < span.stop)).nonzero()[:, 0]
-            vectors[span, own] = columns[:, : len(own)]
-        return values[:keep].clone(), vectors
+        return values[:keep].clone(), vectors[:, :keep].contiguous()
 
     def quadratic_forms(self, arrays: Arrays, vectors: Tensor) -> Tensor:
         """Return ``v_iᵀ M v_i`` of columns ``(D, R)``, ``(R,)``, float64."""
-        forms = torch.zeros(vectors.shape[1], dtype=torch.float64)
-        for span, matrix in self._components(arrays):
-            forms += (vectors[span] * (matrix @ vectors[span])).sum(0)
-        return forms
-
-    def _components(self, arrays: Arrays) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the coordinates that hang together, and their matrix, symmetric."""
-        packed = torch.tensor(arrays["packed"])
-        for span, panels in _connected(self._panels):
-            matrix = torch.zeros(span.stop - span.start, span.stop - span.start, dtype=torch.float64)
-            for panel in panels:
-                whole = matrix[panel.rows.start - span.start :, panel.columns.start - span.start :]
-                part = panel.of(packed)
-                whole[: part.shape[0], : part.shape[1]] = part
-            mirror(matrix)
-            yield span, matrix
+        return (vectors * (self.dense(arrays) @ vectors)).sum(0)
 
 
 def _panels(blocks: Iterable[tuple[int, int, int]]) -> Iterator[_Panel]:
@@ -140,16 +121,3 @@ def _panels(blocks: Iterable[tuple[int, int, int]]) -> Iterator[_Panel]:
             size = (last - first) * (end - first)
             yield _Panel(slice(first, last), slice(first, end), slice(place, place + size))
             place += size
-
-
-def _connected(panels: list[_Panel]) -> Iterator[tuple[slice, list[_Panel]]]:
-    """Group panels, in order, so that none of a group reaches into another group."""
-    group: list[_Panel] = []
-    end = 0
-    for panel in panels:
-        if group and panel.rows.start >= end:
-            yield slice(group[0].rows.start, end), group
-            group = []
-        group.append(panel)
-        end = max(end, panel.columns.stop)
-    yield slice(group[0].rows.start, end), group

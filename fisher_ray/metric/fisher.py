@@ -48,18 +48,18 @@ class FisherSum:
         """See the class."""
         self._settings, self._dims, self._seed = settings, dict(dims), seed
         self.dim = sum(dims.values())
-        names = list(dims) if settings.structure == "block" else [WHOLE]
         sides = SIDES if settings.damping == "auto" else SIDES[:1]
-        self._places = _places(dims) if settings.structure == "block" else {WHOLE: slice(0, self.dim)}
-        self._sums = {name: {side: self._estimator(name) for side in sides} for name in names}
+        self._layer_places = _places(dims)
+        self._places = self._layer_places if settings.structure == "block" else {WHOLE: slice(0, self.dim)}
+        self._sums = {name: {side: self._estimator(name) for side in sides} for name in self._places}
         self._counts, self._means = np.zeros(len(sides)), np.zeros((len(sides), self.dim))
         self._buffers = {side: RowBuffer(self.dim, partial(self._add_rows, side)) for side in sides}
         self._squares, self._norms = np.zeros(self.dim), np.zeros((2, len(dims)))
         self._precision = np.zeros(1)
 
     def _estimator(self, name: str) -> Estimator:
-        settings = self._settings
-        dim = self.dim if name == WHOLE and settings.structure != "block" else self._dims[name]
+        settings, place = self._settings, self._places[name]
+        dim = place.stop - place.start
         size = min(dim, settings.size or 2 * settings.rank)
         if settings.estimator == "diagonal":
             return Diagonal(dim)
@@ -89,7 +89,7 @@ class FisherSum:
 
     def add_norms(self, compressed: Tensor, whole: Mapping[str, float]) -> None:
         """Compare some samples' compressed scores ``(B, S, D)`` with the whole scores' squared norms by layer."""
-        for number, (name, place) in enumerate(_places(self._dims).items()):
+        for number, (name, place) in enumerate(self._layer_places.items()):
             self._norms[0, number] += float(compressed[:, :, place].double().square().sum())
             self._norms[1, number] += whole.get(name, 0.0)
 
@@ -144,8 +144,8 @@ class FisherSum:
             stop = start + len(part.eigvals)
             count = int(((chosen >= start) & (chosen < stop)).sum())  # leading ones, as they descend
             if count:
-                eigvals, eigvecs = part.eigvals[:count].clone(), part.eigvecs[:, :count].contiguous()
-                kept.append(replace(part, eigvals=eigvals, eigvecs=eigvecs))
+                leading, vectors = part.eigvals[:count].clone(), part.eigvecs[:, :count].contiguous()
+                kept.append(replace(part, eigvals=leading, eigvecs=vectors))
             start = stop
         return tuple(kept), self._layers(arrays)
 
@@ -184,7 +184,7 @@ class FisherSum:
         if self._settings.centered:
             squares = squares - arrays["means"].sum(axis=0) ** 2 / total
         found = []
-        for number, (name, place) in enumerate(_places(self._dims).items()):
+        for number, (name, place) in enumerate(self._layer_places.items()):
             kept, whole = arrays["norms"][:, number]
             trace = float(squares[place].sum()) / total
             found.append(LayerTrace(name, self._dims[name], trace, float(kept / whole) if whole > 0 else 0.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ class FrequentDirections:
     where ``A_k`` is the best approximation of ``A`` of rank ``k``: rows of rank ``ℓ`` or less are kept whole. Rounding
     comes on top, as for a matrix product of these rows.
 
-    Rows are gathered until there are ``2ℓ``; then ``δ = σ²_{ℓ+1}`` is taken from all squared singular values, which
-    leaves ``ℓ`` rows. So the sum of all ``δ`` bounds what ``M̂`` lacks in any direction, while ``‖B‖²_F`` loses at
+    Rows are gathered until there are ``2ℓ`` or more; then ``δ = σ²_{ℓ+1}`` is taken from all squared singular values,
+    which leaves ``ℓ`` rows. So the sum of all ``δ`` bounds what ``M̂`` lacks in any direction, while ``‖B‖²_F`` loses at
     least ``(ℓ + 1) δ`` each time, which is why the bound holds: even with ``ℓ + 1`` in place of ``ℓ``.
 
     Args:
@@ -43,12 +42,8 @@ class FrequentDirections:
         if size < 1:
             raise RequestError(f"Frequent Directions of {size} rows were asked for: give at least 1")
         self.dim, self.size = dim, min(size, dim)
-        self._filled = 0
+        self._rows = torch.zeros(0, dim, dtype=torch.float64)
         self._trace = self._shrinkage = 0.0
-
-    @cached_property
-    def _rows(self) -> Tensor:
-        return torch.zeros(2 * self.size, self.dim, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(K, D)``; the sketch lives on their device.
@@ -57,22 +52,15 @@ class FrequentDirections:
             RequestError: if ``D`` is not the estimator's.
         """
         rows = float64_rows(rows, self.dim)
-        self._rows = self._rows.to(rows.device)
         self._trace += float(rows.square().sum())
-        while len(rows):
-            part = rows[: len(self._rows) - self._filled]
-            self._rows[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            rows = rows[len(part) :]
-            if self._filled == len(self._rows):
-                kept, delta = shrink(self._rows, self.size)
-                self._filled = len(kept)
-                self._rows[: self._filled] = kept
-                self._shrinkage += delta
+        self._rows = torch.cat([self._rows.to(rows.device), rows])
+        if len(self._rows) >= 2 * self.size:
+            self._rows, delta = shrink(self._rows, self.size)
+            self._shrinkage += delta
 
     def to_arrays(self) -> Arrays:
         """Return ``sketch``, ``B`` ``(ℓ, D)``, ``trace`` ``(1,)``, ``M``'s own, and ``shrinkage`` ``(1,)``, ``Σ δ``."""
-        kept, delta = shrink(self._rows[: self._filled], self.size)
+        kept, delta = shrink(self._rows, self.size)
         return self._arrays(kept, self._trace, self._shrinkage + delta)
 
     def merge(self, left: Arrays, right: Arrays) -> Arrays:

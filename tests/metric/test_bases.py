@@ -141,14 +141,11 @@ def test_a_compression_comes_back_from_its_arrays(kind):
 
 def test_kronecker_layers_that_no_score_reaches_are_left_out_among_others():
     model, inputs = network()
-    moments = {
-        name: value if name == "num_rows" else 0 * value
-        for name, value in kronecker_sums(model, inputs).items()
-        if name.startswith(("fc0", "num_rows"))
-    }
-    config = CompressionConfig.checked(
-        {"kind": "identity", "layers": {"fc0": {"kind": "kronecker", "dim": 9}}, "dim": 99}
-    )
+    found = kronecker_sums(model, inputs)
+    moments = {name: 0 * value for name, value in found.items() if name.startswith("fc0")}
+    moments["num_rows"] = found["num_rows"]
+    layers = {"fc0": {"kind": "kronecker", "dim": 9}}
+    config = CompressionConfig.checked({"kind": "identity", "layers": layers, "dim": 99})
     assert list(choose_compression(config, ScoreEngine(model).blocks, moments, 0)) == ["fc1"]
 
 

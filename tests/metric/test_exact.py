@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from fisher_ray.errors import DataError, RequestError
 from fisher_ray.metric import Exact, exact
-from fisher_ray.metric.symmetric import eigh_descending
 from tests.metric.estimating import assert_close, assert_equal, integer_rows, merged_in_any_order, random_rows, summed
 from tests.reference import estimators as reference
 
@@ -72,16 +71,6 @@ def test_eigenpairs_are_the_leading_ones_of_the_dense_matrix(reach, rank):
     assert_close(eigvecs.T @ eigvecs, torch.eye(keep, dtype=torch.float64), 1e-13)
     assert_close(torch.from_numpy(matrix) @ eigvecs, eigvecs * eigvals, 1e-11)
     assert bool((eigvecs.max(0).values == eigvecs.abs().max(0).values).all())
-
-
-def test_blocks_are_decomposed_apart_and_an_eigenvector_stays_in_its_block(monkeypatch):
-    rows, estimator, sizes = random_rows(40, 12), Exact(12, REACHES["block"]), []
-    monkeypatch.setattr(exact, "eigh_descending", lambda matrix: sizes.append(len(matrix)) or eigh_descending(matrix))
-    _, eigvecs = estimator.eigendecompose(summed(estimator, rows), 12)
-    assert sizes == [5, 1, 6]
-    inside = torch.stack([(eigvecs[start:stop] != 0).any(0) for start, stop, _ in REACHES["block"]])
-    assert inside.sum(1).tolist() == [5, 1, 6]
-    assert inside.sum(0).tolist() == [1] * 12
 
 
 def test_negative_eigenvalues_that_a_structure_makes_do_not_come_back():

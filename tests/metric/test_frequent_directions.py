@@ -92,8 +92,8 @@ def test_rows_read_between_and_added_one_by_one_are_under_the_same_bounds():
         if end % 7 == 0:
             assert_within_bounds(estimator.to_arrays(), rows[:end], 3)
     assert_within_bounds(estimator.to_arrays(), rows, 3)
-    whole = summed(FrequentDirections(8, 3), rows)
-    np.testing.assert_array_equal(estimator.to_arrays()["sketch"], whole["sketch"])  # reading changes nothing
+    unread = summed(FrequentDirections(8, 3), *rows[:, None])
+    np.testing.assert_array_equal(estimator.to_arrays()["sketch"], unread["sketch"])  # reading changes nothing
 
 
 def test_the_smallest_singular_value_is_taken_from_all():
