@@ -1,16 +1,12 @@
-"""The configuration: small frozen models, checked once, without side effects."""
+"""The sections of the configuration: small frozen models, checked once, without side effects."""
 
 from __future__ import annotations
 
-import difflib
-import os
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from fisher_ray.errors import ConfigError
+from fisher_ray.config.section import Section
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]  # strict: YAML's `true` is not 1
@@ -25,24 +21,7 @@ Kind = Literal["kronecker", "random", "sketch", "topk", "identity"]
 Labels = Annotated[Literal["all", "true", "sampled", "uniform"], BeforeValidator(_word)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @classmethod
-    def checked(cls, values: Any) -> Self:
-        """Check ``values``.
-
-        Raises:
-            ConfigError: naming every wrong key, its value, and the nearest right key.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            messages = (_explain(cls, item) for item in error.errors())
-            raise ConfigError("; ".join(dict.fromkeys(messages))) from None
-
-
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where one split's rows come from."""
 
     format: Literal["parquet", "numpy", "zarr", "torch"] = "parquet"
@@ -55,7 +34,7 @@ class SourceConfig(_Section):
     """Half-open range of rows over the files in order."""
     factory: str | None = None
     """``module:function`` returning a map-style dataset of ``(input, label)``, for ``format: torch``."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
@@ -67,7 +46,7 @@ class SourceConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The three splits, and how a row becomes a tensor."""
 
     root: str = "."
@@ -79,15 +58,15 @@ class DataConfig(_Section):
     """``module:function`` called as ``transform(image, generator)``."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The network: ``factory(**kwargs)`` and, optionally, its state dict."""
 
     factory: str
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str | None = None
 
 
-class BaseConfig(_Section):
+class BaseConfig(Section):
     """Brief training of the base network, by SGD."""
 
     steps: PositiveInt
@@ -99,7 +78,7 @@ class BaseConfig(_Section):
     """Steps after which the weights are also kept, as ``base/step-N.safetensors``."""
 
 
-class TrainedOnConfig(_Section):
+class TrainedOnConfig(Section):
     """The comparison's trained-on network: SGD from the base network, for the time that the shallow model took.
 
     What is left out is as in ``base``, or else as its defaults; the learning rate falls linearly to zero.
@@ -113,7 +92,7 @@ class TrainedOnConfig(_Section):
     """``auto``: what metric, features and linear model took."""
 
 
-class ScoresConfig(_Section):
+class ScoresConfig(Section):
     """Which labels' scores, of which parameters (glob)."""
 
     labels: Labels = "all"
@@ -122,7 +101,7 @@ class ScoresConfig(_Section):
     """Of the network's forward and backward; weights, factors and all that is made of them are float32 in any case."""
 
 
-class LayerCompressionConfig(_Section):
+class LayerCompressionConfig(Section):
     """Another compression for some layers."""
 
     kind: Kind | None = None
@@ -139,7 +118,7 @@ class LayerCompressionConfig(_Section):
         return self
 
 
-class CompressionConfig(_Section):
+class CompressionConfig(Section):
     """From P parameters to D coordinates, layer by layer.
 
     ``kronecker``: eigenvectors of the layer's second moments of inputs and backpropagated factors, the products with
@@ -153,7 +132,7 @@ class CompressionConfig(_Section):
     """D, spread over the layers by eigenvalue (``kronecker``) or by size; ``identity`` needs none."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Of each layer's entries, those that ``topk`` keeps."""
-    layers: dict[str, LayerCompressionConfig] = {}
+    layers: dict[str, LayerCompressionConfig] = Field(default_factory=dict)
     """By glob over the layers' names; the first that matches holds."""
 
     @property
@@ -162,13 +141,13 @@ class CompressionConfig(_Section):
         return {self.kind, *(layer.kind for layer in self.layers.values() if layer.kind is not None)}
 
 
-class AbsoluteDamping(_Section):
+class AbsoluteDamping(Section):
     """Damping in the eigenvalues' own unit."""
 
     absolute: Annotated[float, Field(ge=0, strict=True)]
 
 
-class MetricConfig(_Section):
+class MetricConfig(Section):
     """The low-rank Fisher metric in the D coordinates."""
 
     estimator: Literal["exact", "nystrom", "frequent_directions", "diagonal"] = "exact"
@@ -221,7 +200,7 @@ class MetricConfig(_Section):
             raise ValueError(f"draws {self.draws}: labels {labels!r} are not drawn")
 
 
-class StoreConfig(_Section):
+class StoreConfig(Section):
     """How features are stored."""
 
     dtype: Literal["float16", "float32"] = "float16"
@@ -229,7 +208,7 @@ class StoreConfig(_Section):
     codec: Literal["none", "zstd"] = "none"
 
 
-class LinearConfig(_Section):
+class LinearConfig(Section):
     """The shallow model."""
 
     model: Literal["ridge", "logistic"] = "ridge"
@@ -245,7 +224,7 @@ class LinearConfig(_Section):
     """L-BFGS steps of ``logistic``."""
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """Workers and units."""
 
     num_workers: Literal["auto"] | PositiveInt = "auto"
@@ -258,148 +237,3 @@ class RuntimeConfig(_Section):
     """What a micro-batch's tensors may hold at once in each worker, the network's weights aside."""
     max_attempts: PositiveInt = 3
     wait_s: PositiveFloat = 600.0
-
-
-class Config(_Section):
-    """One run, whole. Read it from YAML with ``Config.from_yaml``."""
-
-    output: str
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
-    data: DataConfig
-    model: ModelConfig
-    base: BaseConfig | None = None
-    scores: ScoresConfig = ScoresConfig()
-    compression: CompressionConfig = CompressionConfig()
-    metric: MetricConfig = MetricConfig()
-    store: StoreConfig = StoreConfig()
-    linear: LinearConfig = LinearConfig()
-    trained_on: TrainedOnConfig | None = TrainedOnConfig()
-    """``null`` leaves it out of the comparison."""
-    runtime: RuntimeConfig = RuntimeConfig()
-
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        if (self.base is None) == (self.model.checkpoint is None):
-            raise ValueError("give either 'base' (train the network here) or 'model.checkpoint' (load it), not both")
-        if self.base is not None and self.data.train is None:
-            raise ValueError("'base' needs 'data.train'")
-        if self.runtime.unit_rows % self.store.chunk_rows:
-            rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
-            raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
-        self.metric.check_labels(self.metric_labels)
-        if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
-            raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")
-        if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
-            raise ValueError(f"base.snapshots {list(self.base.snapshots)} go beyond base.steps {self.base.steps}")
-        return self
-
-    @property
-    def metric_labels(self) -> str:
-        """Whose scores the metric is of."""
-        return self.metric.labels or self.scores.labels
-
-    def identity(self) -> dict[str, Any]:
-        """Return the keys and values that results depend on.
-
-        That is all but places, how many workers there are, and ``data.on_error``: what there is already had no wrong
-        row, or says which rows it left out.
-        """
-        values = self.model_dump(mode="json", exclude={"output": True, "data": {"root"}, "model": {"checkpoint"}})
-        del values["data"]["on_error"]
-        layers = values["compression"]["layers"]
-        values["compression"]["layers"] = [[glob, layers[glob]] for glob in self.compression.layers]  # the order counts
-        for key in ("num_workers", "gpus_per_worker", "max_attempts", "wait_s"):
-            del values["runtime"][key]
-        return values
-
-    def located(self) -> Config:
-        """Return this configuration with its relative places joined to the working directory."""
-        model = self.model
-        if model.checkpoint is not None:
-            model = model.model_copy(update={"checkpoint": _absolute(model.checkpoint)})
-        data = self.data.model_copy(update={"root": _absolute(self.data.root)})
-        return self.model_copy(update={"output": _absolute(self.output), "data": data, "model": model})
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Check ``values``.
-
-        Raises:
-            ConfigError: naming every wrong key by its full path, its value, and the nearest right key.
-        """
-        return cls.checked(values)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
-        """Read ``path`` (safe YAML) and apply ``overrides`` of the form ``a.b=value``.
-
-        Raises:
-            ConfigError: if the file is missing, is not a YAML mapping, or breaks a rule.
-        """
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"configuration {path}: {error.strerror}. Give the path of a YAML file.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration {path} is not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"configuration {path} is not a mapping of keys to values")
-        for override in overrides:
-            _override(values, override)
-        return cls.from_dict(values)
-
-
-def _absolute(place: str) -> str:
-    return place if "://" in place else os.path.abspath(place)
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r} is not of the form a.b=value")
-    *path, last = key.split(".")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
-    node = values
-    for part in path:
-        child = node.get(part)
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {part!r} holds {child!r}, not a section")
-        node = child
-    node[last] = value
-
-
-def _fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
-    for before, part in zip(("", *path), path, strict=False):
-        if before in _BY_NAME:  # the part is a name of the user's own
-            continue
-        annotation = model.model_fields[part].annotation if str(part) in model.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if model is None:
-            return []
-    return list(model.model_fields)
-
-
-_BY_NAME = ("layers",)
-"""Keys that hold sections by names of the user's own."""
-_UNION_MEMBERS = ("literal[", "constrained-", "AbsoluteDamping")
-"""How pydantic marks, inside a location, which alternative of a field it tried."""
-
-
-def _explain(model: type[_Section], item: Any) -> str:
-    path = tuple(part for part in item["loc"] if not str(part).startswith(_UNION_MEMBERS))
-    key = ".".join(str(part) for part in path) or "configuration"
-    if item["type"] == "extra_forbidden":
-        known = _fields(model, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if item["type"] == "missing":
-        return f"missing key {key!r}"
-    given = "" if isinstance(item["input"], dict) else f" (given {item['input']!r})"
-    return f"{key}: {item['msg'].removeprefix('Value error, ')}{given}"

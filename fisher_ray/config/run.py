@@ -1,0 +1,138 @@
+"""One run's whole configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from fisher_ray.config.section import Section
+from fisher_ray.config.sections import (
+    BaseConfig,
+    CompressionConfig,
+    DataConfig,
+    LinearConfig,
+    MetricConfig,
+    ModelConfig,
+    RuntimeConfig,
+    ScoresConfig,
+    StoreConfig,
+    TrainedOnConfig,
+)
+from fisher_ray.errors import ConfigError
+
+
+class Config(Section):
+    """One run, whole. Read it from YAML with ``Config.from_yaml``."""
+
+    output: str
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    data: DataConfig
+    model: ModelConfig
+    base: BaseConfig | None = None
+    scores: ScoresConfig = ScoresConfig()
+    compression: CompressionConfig = CompressionConfig()
+    metric: MetricConfig = MetricConfig()
+    store: StoreConfig = StoreConfig()
+    linear: LinearConfig = LinearConfig()
+    trained_on: TrainedOnConfig | None = TrainedOnConfig()
+    """``null`` leaves it out of the comparison."""
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if (self.base is None) == (self.model.checkpoint is None):
+            raise ValueError("give either 'base' (train the network here) or 'model.checkpoint' (load it), not both")
+        if self.base is not None and self.data.train is None:
+            raise ValueError("'base' needs 'data.train'")
+        if self.runtime.unit_rows % self.store.chunk_rows:
+            rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
+            raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
+        self.metric.check_labels(self.metric_labels)
+        if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
+            raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")
+        if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
+            raise ValueError(f"base.snapshots {list(self.base.snapshots)} go beyond base.steps {self.base.steps}")
+        return self
+
+    @property
+    def metric_labels(self) -> str:
+        """Whose scores the metric is of."""
+        return self.metric.labels or self.scores.labels
+
+    def identity(self) -> dict[str, Any]:
+        """Return the keys and values that results depend on.
+
+        That is all but places, how many workers there are, and ``data.on_error``: what there is already had no wrong
+        row, or says which rows it left out.
+        """
+        values = self.model_dump(mode="json", exclude={"output": True, "data": {"root"}, "model": {"checkpoint"}})
+        del values["data"]["on_error"]
+        layers = values["compression"]["layers"]
+        values["compression"]["layers"] = [[glob, layers[glob]] for glob in self.compression.layers]  # the order counts
+        for key in ("num_workers", "gpus_per_worker", "max_attempts", "wait_s"):
+            del values["runtime"][key]
+        return values
+
+    def located(self) -> Config:
+        """Return this configuration with its relative places joined to the working directory."""
+        model = self.model
+        if model.checkpoint is not None:
+            model = model.model_copy(update={"checkpoint": _absolute(model.checkpoint)})
+        data = self.data.model_copy(update={"root": _absolute(self.data.root)})
+        return self.model_copy(update={"output": _absolute(self.output), "data": data, "model": model})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Check ``values``.
+
+        Raises:
+            ConfigError: naming every wrong key by its full path, its value, and the nearest right key.
+        """
+        return cls.checked(values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+        """Read ``path`` (safe YAML) and apply ``overrides`` of the form ``a.b=value``.
+
+        Raises:
+            ConfigError: if the file is missing, is not a YAML mapping, or breaks a rule.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"configuration {path}: {error.strerror}. Give the path of a YAML file.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration {path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {path} is not a mapping of keys to values")
+        for override in overrides:
+            _override(values, override)
+        return cls.from_dict(values)
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else os.path.abspath(place)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} is not of the form a.b=value")
+    *path, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from None
+    node = values
+    for part in path:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} holds {child!r}, not a section")
+        node = child
+    node[last] = value
