@@ -111,7 +111,9 @@ def test_the_digits_features_are_white_on_the_rows_they_were_fitted_on():
     torch.testing.assert_close(moment, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
-def metrics_agree(one: fisher_ray.LowRankMetric, other: fisher_ray.LowRankMetric, model: nn.Module, x: Tensor) -> None:
+def assert_metrics_agree(
+    one: fisher_ray.LowRankMetric, other: fisher_ray.LowRankMetric, model: nn.Module, x: Tensor
+) -> None:
     torch.testing.assert_close(one.eigvals, other.eigvals, rtol=1e-9, atol=1e-12)
     assert one.damping == pytest.approx(other.damping, rel=1e-9)
     kernels = []
@@ -132,7 +134,7 @@ def test_data_may_come_in_any_batches_with_or_without_labels(cuts, labelled, sco
 
     spans = [slice(*span) for span in zip([0, *sorted(cuts)], [*sorted(cuts), 40], strict=True)]
     batches = [(inputs[span], labels[span]) if labelled else inputs[span] for span in spans]
-    metrics_agree(fisher_ray.fit_metric(model, batches, **options), whole, model, inputs)
+    assert_metrics_agree(fisher_ray.fit_metric(model, batches, **options), whole, model, inputs)
 
 
 def test_a_data_loader_a_source_and_a_tensor_give_the_same_metric(tmp_path):
@@ -145,9 +147,9 @@ def test_a_data_loader_a_source_and_a_tensor_give_the_same_metric(tmp_path):
     datasets = (TensorDataset(inputs, labels), TensorDataset(inputs))
 
     for data in (source, *(DataLoader(dataset, batch_size=37) for dataset in datasets)):
-        metrics_agree(fisher_ray.fit_metric(model, data, **options), whole, model, inputs)
+        assert_metrics_agree(fisher_ray.fit_metric(model, data, **options), whole, model, inputs)
     true = [fisher_ray.fit_metric(model, data, labels="true", **options) for data in (source, [(inputs, labels)])]
-    metrics_agree(true[0], true[1], model, inputs)
+    assert_metrics_agree(true[0], true[1], model, inputs)
 
 
 def test_whole_numbers_of_any_type_are_labels():

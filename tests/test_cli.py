@@ -182,14 +182,14 @@ def test_sigterm_ends_the_command_as_ctrl_c_does():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_process_exits_with_code_4(number):
     program = f"""
-        import os, time, typer
+        import os, threading, typer
         from fisher_ray.cli.exits import error_exits
         app = typer.Typer()
         @app.command()
         def wait():
             with error_exits():
                 os.kill(os.getpid(), {int(number)})
-                time.sleep(30)
+                threading.Event().wait(30)
         app()
     """
     done = python("-c", textwrap.dedent(program))
