@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +26,8 @@ from fisher_ray import pipeline
 from fisher_ray.config import Config, MetricConfig
 from fisher_ray.data import load_batches, open_source
 from fisher_ray.gradients import Compressor, ScoreEngine
-from fisher_ray.metric import FisherSum, LowRankMetric
-from fisher_ray.stages.compression import choose_compression, plan
+from fisher_ray.metric import FisherSum, LowRankMetric, plan_compression
+from fisher_ray.stages.compression import choose_compression
 from fisher_ray.stages.passes import kronecker_pass
 from fisher_ray.stages.workbench import base_network
 from fisher_ray.storage import Storage
@@ -152,6 +151,56 @@ def cut(metric: LowRankMetric, rank: int) -> LowRankMetric:
     return replace(metric, parts=tuple(parts))
 
 
+def compressed(rows: Rows, kind: str, dim: int, metric_rows: int) -> tuple[dict, Tensor, Tensor, Tensor]:
+    """Return bases of one kind, and all rows' compressed scores, hidden layers and labels."""
+    start, engine = time.perf_counter(), rows.engine
+    asked = rows.config.compression.model_copy(update={"kind": kind, "dim": dim})
+    moments = None
+    if plan_compression(asked, engine.block_shapes).with_moments:
+        moments = kronecker_pass(engine, engine.block_shapes, rows.batches("shallow", metric_rows), "all", 0)
+    bases = choose_compression(asked, engine.blocks, moments, 0)
+    scores, hidden, labels = rows.compress(Compressor(bases, engine.blocks, engine.like))
+    print(f"{kind}: D = {scores.shape[2]}, compressed in {time.perf_counter() - start:.0f} s", flush=True)
+    return bases, scores, hidden, labels
+
+
+def metrics(bases: dict, scores: Tensor, metric_rows: int, way: tuple) -> Iterator[LowRankMetric]:
+    """Yield the metrics of one way by rank; damped by a number, which standardised columns do not show."""
+    _, estimator, structure, ranks = way
+    ranks = [rank for rank in ranks if rank <= scores.shape[2]]
+    asked = {"estimator": estimator, "structure": structure, "damping": 0.1}
+    if estimator in ("exact", "diagonal"):  # the leading ones of the same eigenvectors
+        whole = fit_metric(bases, MetricConfig.checked({**asked, "rank": max(ranks)}), scores, metric_rows)
+        yield from (cut(whole, rank) for rank in ranks)
+        return
+    for rank in ranks:
+        yield fit_metric(bases, MetricConfig.checked({**asked, "rank": rank}), scores, metric_rows)
+
+
+def measure(rows: Rows, kinds: list[str], dim: int, metric_rows: int) -> Iterator[dict]:
+    """Yield a line for the last hidden layer alone, and one for each metric."""
+    num_train, told = rows.counts["shallow"], False
+    for kind in kinds:
+        bases, scores, hidden, labels = compressed(rows, kind, dim, metric_rows)
+        probe = standardised(hidden, num_train)
+        probe_kernel = probe @ probe[:num_train].T
+        if not told:
+            told, (accuracy, penalty) = True, ridge(probe_kernel, labels, num_train)
+            yield {
+                "compression": "none, the last hidden layer alone",
+                "rank": 0,
+                "accuracy": accuracy,
+                "penalty": penalty,
+            }
+        for way in (way for way in WAYS if way[0] == kind):
+            for metric in metrics(bases, scores, metric_rows, way):
+                kernel = kernel_of(metric, scores, num_train).add_(probe_kernel)
+                accuracy, penalty = ridge(kernel, labels, num_train)
+                line = dict(zip(("compression", "estimator", "structure"), way, strict=False))
+                line |= {"rank": metric.rank, "accuracy": accuracy, "penalty": penalty}
+                yield {**line, "captured": metric.summary()["captured"]}
+
+
 def main() -> None:
     """Measure, print a line for each metric, write JSON and a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,56 +210,20 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=4000)
     parser.add_argument("--metric-rows", type=int, default=2500)
     parser.add_argument("--dim", type=int, default=4096)
-    parser.add_argument("--compressions", default="kronecker,random,sketch,topk")
+    parser.add_argument("--compressions", default=",".join(dict.fromkeys(way[0] for way in WAYS)))
     options = parser.parse_args()
     config = Config.from_yaml("jobs/configs/cifar10.yaml", [f"data.root={options.data}", f"output={options.output}"])
     pipeline.run(config, until="base")
     engine = ScoreEngine(base_network(config.located(), Storage(config.located().output)))
     rows = Rows(engine, config, {"shallow": options.train_rows, "test": options.test_rows})
-    found, last = [], None
-    for compression, estimator, structure, ranks in WAYS:
-        if compression not in options.compressions.split(","):
-            continue
-        if compression != last:
-            last, start = compression, time.perf_counter()
-            asked = config.compression.model_copy(update={"kind": compression, "dim": options.dim})
-            moments = None
-            if plan(asked, MetricConfig(rank=max(ranks)), engine.block_shapes).with_moments:
-                first = rows.batches("shallow", options.metric_rows)
-                moments = kronecker_pass(engine, engine.block_shapes, first, "all", 0)
-            bases = choose_compression(asked, engine.blocks, moments, 0)
-            scores, hidden, labels = rows.compress(Compressor(bases, engine.blocks, torch.zeros(())))
-            probe = standardised(hidden, options.train_rows)
-            hidden_kernel = probe @ probe[: options.train_rows].T
-            print(
-                f"{compression}: D = {scores.shape[2]}, compressed in {time.perf_counter() - start:.0f} s", flush=True
-            )
-            if not found:
-                found.append({"compression": "none, the last hidden layer alone", "rank": 0})
-                found[0]["accuracy"], found[0]["penalty"] = ridge(hidden_kernel, labels, options.train_rows)
-                print(found[0], flush=True)
-        ranks = [rank for rank in ranks if rank <= scores.shape[2]]
-        exact = estimator in ("exact", "diagonal")
-        for rank in ranks:
-            start = time.perf_counter()
-            if not exact or rank == ranks[0]:  # a damping number: columns that are standardised do not show it
-                settings = MetricConfig(
-                    estimator=estimator, structure=structure, rank=ranks[-1] if exact else rank, damping=0.1
-                )
-                whole = fit_metric(bases, settings, scores, options.metric_rows)
-            metric = cut(whole, rank)
-            kernel = kernel_of(metric, scores, options.train_rows)
-            accuracy, penalty = ridge(kernel.add_(hidden_kernel), labels, options.train_rows)
-            line = {"compression": compression, "estimator": estimator, "structure": structure, "rank": metric.rank}
-            line |= {"accuracy": accuracy, "penalty": penalty}
-            line |= {"captured": metric.summary()["captured"], "seconds": round(time.perf_counter() - start, 1)}
-            found.append(line)
-            print(json.dumps(line), flush=True)
+    found = []
+    for line in measure(rows, options.compressions.split(","), options.dim, options.metric_rows):
+        found.append(line)
+        print(json.dumps(line), flush=True)
     folder = Path(options.output)
     (folder / "accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
     draw_accuracies(found, folder / "accuracy.svg")
 
 
 if __name__ == "__main__":
-    np.set_printoptions(precision=4)
     main()
