@@ -126,23 +126,18 @@ class ScoreEngine:
 
         return self._scores(inputs, start), reflection
 
-    def of_labels(self, inputs: Inputs, labels: Tensor | Callable[[Tensor], Tensor]) -> Scores:
+    def of_labels(self, inputs: Inputs, labels: Tensor) -> Scores:
         """Scores of one target a sample; ``S = 1``.
 
         Args:
             inputs: ``(B, ...)``.
-            labels: the targets, for classes int64 ``(B,)``; or a function that draws them from the output.
+            labels: the targets, for classes int64 ``(B,)``.
 
         Raises:
             ModelError: if the network's gradients cannot be had; a layer is named.
             DataError: if a target does not fit.
         """
-
-        def start(output: Tensor) -> Tensor:
-            targets = labels if isinstance(labels, Tensor) else labels(output)
-            return self.likelihood.score(output, targets)[None]
-
-        return self._scores(inputs, start)
+        return self.of_draws(inputs, lambda output, number: labels, 1)
 
     def of_draws(self, inputs: Inputs, draw: Callable[[Tensor, int], Tensor], num_draws: int) -> Scores:
         """Scores of ``num_draws`` targets a sample by one batched backward, each divided by ``√num_draws``.
