@@ -52,6 +52,15 @@ def test_the_way_back_is_the_adjoint_of_the_way_to_unwhitened_features(compressi
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)  # bases are float32
 
 
+def test_what_is_done_between_two_directions_may_be_differentiated():
+    model, inputs = networks.make("mlp", 12)
+    metric = fisher_ray.fit_metric(model, inputs, dim=40, rank=20)
+    phi = torch.zeros(metric.rank).double().requires_grad_()
+    for _, direction in fisher_ray.parameter_directions(model, metric, phi):
+        assert torch.is_grad_enabled()
+        assert not direction.requires_grad
+
+
 def test_at_full_rank_a_score_comes_back_whole():
     model, inputs = networks.make("strided grouped dilated", 40)
     metric = fisher_ray.fit_metric(model, inputs, compression="identity", damping=0.1)

@@ -53,20 +53,18 @@ def parameter_directions(model: nn.Module, metric: LowRankMetric, features: Tens
     """
     engine, compressor = _parts(model, metric)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        compressed = metric.inverse_transform(features)
-        blocks = [block for block in engine.blocks if block.name in metric.bases]
-        last = {piece.parameter: block.name for block in blocks for piece in block.pieces}
-        found: dict[str, Tensor] = {}
-        for block in blocks:
-            for piece, part in block.split(compressor.transpose(block.name, compressed)):
-                name = piece.parameter
-                if name not in found:
-                    found[name] = part.new_zeros(*features.shape[:-1], *shapes[name])
-                leading = (slice(None),) * (features.ndim - 1)
-                found[name][leading if piece.rows is None else (*leading, piece.rows)] += part
-            for name in [name for name in found if last[name] == block.name]:
-                yield name, found.pop(name)
+    compressed = metric.inverse_transform(features.detach())
+    blocks = [block for block in engine.blocks if block.name in metric.bases]
+    last = {piece.parameter: block.name for block in blocks for piece in block.pieces}
+    leading = (slice(None),) * (features.ndim - 1)
+    found: dict[str, Tensor] = {}
+    for block in blocks:
+        for piece, part in block.split(compressor.transpose(block.name, compressed)):
+            if piece.parameter not in found:
+                found[piece.parameter] = part.new_zeros(*features.shape[:-1], *shapes[piece.parameter])
+            found[piece.parameter][leading if piece.rows is None else (*leading, piece.rows)] += part
+        for name in [name for name in found if last[name] == block.name]:
+            yield name, found.pop(name)
 
 
 def _parts(model: nn.Module, metric: LowRankMetric) -> tuple[ScoreEngine, Compressor]:
