@@ -16,7 +16,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional
 
 from fisher_ray.gradients import Compressor, GradientBuffer, GradientSketch, ScoreEngine, random_bases
-from fisher_ray.metric import KroneckerSums, choose_bases
+from fisher_ray.metric import choose_bases
+from fisher_ray.records import Batch
+from fisher_ray.stages.passes import kronecker_pass
 from tests.benchmarks.gradients.workloads import Workload
 
 Run = Callable[[], Any]
@@ -80,10 +82,10 @@ def all_classes(work: Workload) -> Run | None:
 def all_classes_compressed(work: Workload) -> Run | None:
     if work.name != "W1":
         return None
-    engine, sums = ScoreEngine(work.model), KroneckerSums()
-    for item in engine.all_classes(work.inputs).factors:
-        item.add_moments(sums)
-    bases = choose_bases(sums.to_arrays(), engine.block_shapes, KRONECKER_DIM)
+    engine = ScoreEngine(work.model)
+    batch = Batch(work.inputs, work.labels, torch.arange(len(work.inputs)))
+    moments = kronecker_pass(engine, engine.block_shapes, [batch], "all", 0)
+    bases = choose_bases(moments, engine.block_shapes, KRONECKER_DIM)
     compressor = Compressor(bases, engine.blocks, work.inputs)
 
     def run() -> list[Any]:
