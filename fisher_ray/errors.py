@@ -66,3 +66,7 @@ class MemoryExhaustedError(StoppedError):
 
 class WorkersLostError(StoppedError):
     """No worker could be had for ``runtime.wait_s`` seconds."""
+
+
+class ClaimedError(StoppedError):
+    """Another driver works on the run folder, or has taken it over."""

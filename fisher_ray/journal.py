@@ -15,8 +15,8 @@ from fisher_ray.storage import Storage
 
 SCHEMA = 1
 PROGRAM = "fisher_ray"
-RUN_FILE, EVENTS_FILE = "run.json", "events.jsonl"
-OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", EVENTS_FILE)
+RUN_FILE, EVENTS_FILE, CLAIM_FILE = "run.json", "events.jsonl", "claim.json"
+OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", "sums", EVENTS_FILE)
 """What a run writes into its folder, besides ``run.json``."""
 EVENTS_EVERY_S = 30.0
 """Least time between two writes of the events, stages' ends apart."""
@@ -62,7 +62,7 @@ class Journal:
         """
         document = _read(storage)
         if document is None:
-            _refuse_foreign(storage)
+            refuse_foreign(storage)
         elif fresh or document.get("clearing"):
             _clear(storage)
             document = None
@@ -167,6 +167,21 @@ def read_run(storage: Storage) -> dict[str, Any]:
     return document
 
 
+def refuse_foreign(storage: Storage) -> None:
+    """Return if the folder is a run's, or empty but for a claim.
+
+    Raises:
+        ConfigError: if it holds something else.
+        StorageError: if storage does not answer.
+    """
+    if _read(storage) is not None:
+        return
+    if names := [name for name in storage.list() if name != CLAIM_FILE]:
+        raise ConfigError(
+            f"output {storage.url} is not empty and no run folder: it holds {names[0]}. Give an empty or a new place."
+        )
+
+
 def _read(storage: Storage) -> dict[str, Any] | None:
     try:
         document = json.loads(storage.read_bytes(RUN_FILE))
@@ -194,13 +209,6 @@ def _clear(storage: Storage) -> None:
     storage.write_bytes(RUN_FILE, json.dumps(document).encode())
     for name in OWN:
         storage.remove(name)
-
-
-def _refuse_foreign(storage: Storage) -> None:
-    if names := storage.list():
-        raise ConfigError(
-            f"output {storage.url} is not empty and no run folder: it holds {names[0]}. Give an empty or a new place."
-        )
 
 
 def _read_events(storage: Storage) -> list[str]:
