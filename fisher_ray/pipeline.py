@@ -17,9 +17,9 @@ from fisher_ray import report
 from fisher_ray.classifier import FisherClassifier
 from fisher_ray.config import Config, LinearConfig
 from fisher_ray.errors import ConfigError, ModelError
-from fisher_ray.journal import Journal
+from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.records import Progress, Receipt, SilentProgress, Unit
-from fisher_ray.runtime import Pool, Session
+from fisher_ray.runtime import Checkpoints, Claim, Crew, Pool, Session, remove_checkpoints
 from fisher_ray.stages import Facts, compression, inspect_request, planning, shallow, tasks, training
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
@@ -63,18 +63,19 @@ def run(
     """
     config = config.located()
     _refuse_leak(config, until)
-    session, progress = Session(address), progress or SilentProgress()
+    session, progress, storage = Session(address), progress or SilentProgress(), Storage(config.output)
     facts = inspect_request(config)
-    journal = Journal.open(Storage(config.output), _journal_facts(config, facts), fresh=fresh, late=LATE)
+    refuse_foreign(storage)
+    with Claim(config.output, progress.note) as claim:
+        journal = Journal.open(storage, _journal_facts(config, facts), fresh=fresh, late=LATE)
+        facts = replace(facts, micro_batch=journal.decide("micro_batch", facts.micro_batch))
 
-    facts = replace(facts, micro_batch=journal.decide("micro_batch", facts.micro_batch))
+        def note(text: str) -> None:
+            progress.note(text)
+            journal.event("note", text=text)
 
-    def note(text: str) -> None:
-        progress.note(text)
-        journal.event("note", text=text)
-
-    with closing(session), closing(Pool(session, config, facts, note)) as pool:
-        return _Run(config, facts, journal, session, pool, progress, note).run(until or "report")
+        with closing(session), closing(Crew(session, config, facts, note, journal.decide)) as crew:
+            return _Run(config, facts, journal, session, crew, claim, progress, note).run(until or "report")
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -120,12 +121,14 @@ class _Run:
         facts: Facts,
         journal: Journal,
         session: Session,
-        pool: Pool,
+        crew: Crew,
+        claim: Claim,
         progress: Progress,
         note: Callable[[str], None],
     ) -> None:
         self._config, self._facts, self._journal = config, facts, journal
-        self._session, self._pool, self._progress, self._note = session, pool, progress, note
+        self._session, self._crew, self._progress, self._note = session, crew, progress, note
+        self._pool = Pool(crew, config, note, claim.check)
         self._storage = Storage(config.output)
 
     def run(self, until: Until) -> dict[str, Any]:
@@ -152,11 +155,13 @@ class _Run:
         plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
 
         def choose_basis() -> dict[str, Any]:
-            sums = [self._reduce("basis", tasks.sum_kronecker, units)] if plans.with_moments else []
+            task = tasks.sum_kronecker
+            sums = [self._reduce("basis", task, units, probe=task)] if plans.with_moments else []
             return self._solo("basis", tasks.choose_basis, *sums)
 
         def fit_metric() -> dict[str, Any]:
-            sums = self._reduce("metric", tasks.sum_fisher, units, merge=tasks.merge_fisher)
+            task = tasks.sum_fisher
+            sums = self._reduce("metric", task, units, probe=task, merge=tasks.merge_fisher)
             return self._solo("metric", tasks.fit_metric, sums, fingerprints=self._fingerprints())
 
         self._stage("basis", len(units) if plans.with_moments else None, choose_basis)
@@ -187,7 +192,8 @@ class _Run:
         if finished:
             self._note(f"{stage}: {len(finished)} of {len(units)} units are there already")
         todo = [unit for unit in units if unit.index not in finished]
-        self._pool.map(tasks.write_features, todo, partial(self._received, stage), split=split, name=name)
+        heard, probe = partial(self._received, stage), tasks.try_features
+        self._pool.map(stage, tasks.write_features, todo, heard, probe=probe, split=split, name=name)
         seal(url, len(units))
         return {"num_rows": self._facts.num_rows[split], "num_units": len(units)}
 
@@ -201,9 +207,9 @@ class _Run:
             self._stage("linear_probe", None, lambda: self._solo("linear_probe", shallow.fit_probe))
 
     def _fit_ridge(self, units: list[Unit]) -> dict[str, Any]:
-        fit = self._reduce("linear", tasks.sum_gram, units, part="fit")
+        fit = self._sum_gram(units, "fit")
         chosen = self._solo("linear", shallow.choose_penalty, fit)
-        validation = self._reduce("linear", tasks.sum_gram, units, part="validation")
+        validation = self._sum_gram(units, "validation")
         kept = {name: chosen[name] for name in ("penalty", "temperature")}
         fitted = self._solo("linear", shallow.fit_ridge, fit, validation, **kept)
         self._export_classifier()
@@ -212,15 +218,18 @@ class _Run:
     def _fit_logistic(self, units: list[Unit]) -> dict[str, Any]:
         from fisher_ray.runtime.train import fit_logistic  # Ray Train takes seconds to import
 
-        fit = self._reduce("linear", tasks.sum_gram, units, part="fit")
-        validation = self._reduce("linear", tasks.sum_gram, units, part="validation")
+        fit = self._sum_gram(units, "fit")
+        validation = self._sum_gram(units, "validation")
         self._solo("linear", shallow.save_sums, fit, validation)
-        workers = self._pool.target
-        self._pool.close()  # their places are Ray Train's meanwhile
-        fitted = fit_logistic(self._session, self._config, self._facts, workers, self._note)
+        workers, gpus = self._crew.target, self._crew.gpus
+        self._crew.close()  # their places are Ray Train's meanwhile
+        fitted = fit_logistic(self._session, self._config, self._facts, workers, gpus, self._note)
         shallow.remove_sums(self._storage)
         self._export_classifier()
         return fitted
+
+    def _sum_gram(self, units: list[Unit], part: str) -> Any:
+        return self._reduce("linear", partial(tasks.sum_gram, part=part), units, part)
 
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":
@@ -264,10 +273,17 @@ class _Run:
         self._progress.stage_started(name, total)
         with self._journal.stage(name) as result:
             result.update(work() or {})
+        remove_checkpoints(self._storage)
         self._progress.stage_done(name, self._journal.seconds(name))
 
-    def _reduce(self, stage: str, task: Callable[..., Any], units: list[Unit], **options: Any) -> Any:
-        return self._pool.reduce(task, units, partial(self._received, stage), **options)
+    def _checkpoints(self, *name: str) -> Checkpoints:
+        return Checkpoints(self._storage, "/".join(name), self._config.runtime.checkpoint_units)
+
+    def _reduce(
+        self, stage: str, task: Callable[..., Any], units: list[Unit], part: str = "all", **options: Any
+    ) -> Any:
+        heard, kept = partial(self._received, stage), self._checkpoints(stage, part)
+        return self._pool.reduce(stage, task, units, heard, checkpoints=kept, **options)
 
     def _solo(self, stage: str, task: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, Any]:
         threads = self._journal.decide("threads", self._pool.num_cpus())

@@ -17,11 +17,13 @@ class Unit:
         index: position in the plan, from 0.
         start: first row of the split (inclusive).
         stop: last row (exclusive).
+        excluded: rows to leave out, with reasons: known to kill or fail whoever works on them.
     """
 
     index: int
     start: int
     stop: int
+    excluded: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""

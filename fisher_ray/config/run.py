@@ -24,6 +24,9 @@ from fisher_ray.config.sections import (
 )
 from fisher_ray.errors import ConfigError
 
+_OF_RESULTS = ("cpus_per_worker", "unit_rows", "micro_batch", "memory_bytes")
+"""What results depend on of all that ``runtime`` says."""
+
 
 class Config(Section):
     """One run, whole. Read it from YAML with ``Config.from_yaml``."""
@@ -73,8 +76,7 @@ class Config(Section):
         del values["data"]["on_error"]
         layers = values["compression"]["layers"]
         values["compression"]["layers"] = [[glob, layers[glob]] for glob in self.compression.layers]  # the order counts
-        for key in ("num_workers", "gpus_per_worker", "max_attempts", "wait_s"):
-            del values["runtime"][key]
+        values["runtime"] = {key: values["runtime"][key] for key in _OF_RESULTS}
         return values
 
     def located(self) -> Config:

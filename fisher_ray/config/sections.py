@@ -236,4 +236,21 @@ class RuntimeConfig(Section):
     memory_bytes: PositiveInt = 2**31
     """What a micro-batch's tensors may hold at once in each worker, the network's weights aside."""
     max_attempts: PositiveInt = 3
+    """How often a unit may fail by itself, or lose its worker, before its rows are looked at one by one."""
     wait_s: PositiveFloat = 600.0
+    """How long a run waits for its first worker, or for another when it has lost the last."""
+    checkpoint_units: PositiveInt | None = 8
+    """Units whose merged sum is kept in the run folder while a pass runs, so that a resumed pass does not start over;
+    rounded up to a power of two; ``null`` keeps none."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom resources that each worker takes, by Ray's names."""
+    placement: Literal["packed", "spread"] = "packed"
+    """Whether workers fill one machine after the other, or are spread over all."""
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    """Ray's runtime environment of the workers (``env_vars``, ``pip``, ``working_dir``, …)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RuntimeConfig:
+        if wrong := {"CPU", "GPU"} & set(self.resources):
+            raise ValueError(f"resources names {', '.join(sorted(wrong))}: set cpus_per_worker or gpus_per_worker")
+        return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ def load_batches(
     expected_shape: tuple[int, ...] | None = None,
     on_error: OnError = "stop",
     skipped: dict[int, str] | None = None,
+    excluded: Mapping[int, str] = MappingProxyType({}),
 ) -> Generator[Batch, None, None]:
     """Yield clean samples in row order, decoded ahead in one thread that ends with this generator.
 
@@ -80,6 +82,7 @@ def load_batches(
         expected_shape: every input's, from :func:`check_source`; None for that of the first good row of ``rows``.
         on_error: ``stop`` or ``skip``.
         skipped: gets, by row, the reasons for the rows left out of the batches yielded so far.
+        excluded: rows that are not even decoded, with the reasons.
 
     Raises:
         DataError: naming the row and its file, at a bad picture, shape, value or label under ``stop``.
@@ -88,7 +91,7 @@ def load_batches(
     if rows.step != 1 or rows.start < 0 or rows.stop > len(source) or batch_size <= 0:
         raise ValueError(f"{rows} in batches of {batch_size} is not within the {len(source)} rows of {source.key}")
     assembler = Assembler(source, num_classes, expected_shape, on_error)
-    return _deliver(_in_order(source, rows, batch_size, assembler), {} if skipped is None else skipped)
+    return _deliver(_in_order(source, rows, batch_size, assembler, excluded), {} if skipped is None else skipped)
 
 
 def _deliver(made: Generator[Made, None, None], skipped: dict[int, str]) -> Generator[Batch, None, None]:
@@ -102,11 +105,17 @@ def _deliver(made: Generator[Made, None, None], skipped: dict[int, str]) -> Gene
         ahead.close()
 
 
-def _in_order(source: Source, rows: range, batch_size: int, assembler: Assembler) -> Generator[Made, None, None]:
+def _in_order(
+    source: Source, rows: range, batch_size: int, assembler: Assembler, excluded: Mapping[int, str]
+) -> Generator[Made, None, None]:
     numbered = zip(rows, source.raw_rows(rows.start, rows.stop), strict=True)
-    for _ in range(rows.start, rows.stop, batch_size):
-        part = itertools.islice(numbered, batch_size)
-        yield assembler.batch((row, partial(source.decode, raw), None) for row, raw in part)
+    for start in range(rows.start, rows.stop, batch_size):
+        with source.turn:
+            part = itertools.islice(numbered, batch_size)
+            wanted = ((row, partial(source.decode, raw), None) for row, raw in part if row not in excluded)
+            batch, skipped = assembler.batch(wanted)
+        left_out = {row: excluded[row] for row in range(start, start + batch_size) if row in excluded}
+        yield batch, {**skipped, **left_out}
 
 
 def training_batches(

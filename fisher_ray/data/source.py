@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -22,11 +23,12 @@ class Source(ABC):
     Attributes:
         key: the configuration's name of the split, such as ``data.shallow``.
         transform: what makes a tensor of a decoded input, or None for the format's own way.
+        turn: held while a batch is read and decoded, since users' data sets and transforms need not be thread-safe.
     """
 
     def __init__(self, key: str, transform: Transform | None) -> None:
         """Remember what all sources share."""
-        self.key, self.transform = key, transform
+        self.key, self.transform, self.turn = key, transform, threading.Lock()
 
     @abstractmethod
     def __len__(self) -> int:

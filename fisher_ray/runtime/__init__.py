@@ -1,6 +1,9 @@
-"""The only room that imports Ray: connection, actors, merge tree, Ray Train."""
+"""The only room that imports Ray: connection, actors, merge tree, Ray Train; and the claim on a run folder."""
 
+from fisher_ray.runtime.checkpoints import Checkpoints, remove_checkpoints
+from fisher_ray.runtime.claim import Claim
+from fisher_ray.runtime.crew import Crew
 from fisher_ray.runtime.pool import Pool
 from fisher_ray.runtime.session import Session
 
-__all__ = ["Pool", "Session"]
+__all__ = ["Checkpoints", "Claim", "Crew", "Pool", "Session", "remove_checkpoints"]

@@ -1,110 +1,110 @@
-"""Actors that come and go, and the loop that keeps them at work."""
+"""The loop that keeps the workers at work until a pass over units is finished."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
 import ray
 import ray.exceptions
 
 from fisher_ray.config import Config
-from fisher_ray.errors import FisherRayError, WorkersLostError
+from fisher_ray.errors import DataError, FisherRayError, StoreError, WorkersLostError
 from fisher_ray.records import Receipt, Unit
-from fisher_ray.runtime.schedule import Node, Schedule
-from fisher_ray.runtime.session import Session
-from fisher_ray.runtime.worker import Merge, Place, Worker
+from fisher_ray.runtime.checkpoints import Checkpoints
+from fisher_ray.runtime.crew import Crew, Job, Member, Note, Ref
+from fisher_ray.runtime.failures import raise_cause, reason
+from fisher_ray.runtime.isolation import Isolation
+from fisher_ray.runtime.metrics import DriverMetrics
+from fisher_ray.runtime.passing import Pass
+from fisher_ray.runtime.schedule import Node, Part, Schedule, Work
+from fisher_ray.runtime.worker import Merge, Task
 
-Ref: TypeAlias = Any
-"""A reference to an object in Ray's store."""
-Note = Callable[[str], None]
 POLL_S = 1.0
 """How often the loop looks around when nothing comes back."""
-
-MAX_FAILED_STARTS = 10
-"""Workers that may end while they start, one after the other and with none alive, before the run stops."""
-NOTE_AFTER_S = 15.0
-"""How long there may be no worker before the user is told."""
-
-
-@dataclass(eq=False)
-class _Member:
-    """One actor: starting until its place is known, then idle or at work."""
-
-    handle: Any
-    starting: Ref
-    place: Place | None = None
-    node: Node | None = None
-    reply: Ref = None
-    arrays: Ref = None
-
-    @property
-    def waited_for(self) -> Ref:
-        return self.starting if self.starting is not None else self.reply
+LEFTOVER_S = 60.0
+"""How long a worker may go on with work that another has finished before it is given up."""
 
 
 class Pool:
-    """Workers of one run. Work goes only to those that have answered; one that dies is replaced.
+    """Runs passes over units, and steps that are done once, on a crew of workers.
 
     Args:
-        session: the connection.
+        crew: the workers.
         config: the run's.
-        facts: what the first look at the request found.
         note: told what a user may want to know.
+        check: called often; raises if the run may not go on.
     """
 
-    def __init__(self, session: Session, config: Config, facts: Any, note: Note) -> None:
+    def __init__(self, crew: Crew, config: Config, note: Note, check: Callable[[], None]) -> None:
         """See the class."""
-        self._session, self._config, self._facts, self._note = session, config, facts, note
-        self._members: list[_Member] = []
-        self._target = 0
-        self._last_seen_s = time.monotonic()
-        self._last_death = ""
-        self._failed_starts = 0
-        self._waiting_noted = False
+        self._crew, self._note, self._check = crew, note, check
+        self._max_attempts, self._on_error = config.runtime.max_attempts, config.data.on_error
+        self._metrics: DriverMetrics | None = None
 
     def map(
         self,
-        task: Callable[..., tuple[Receipt, None]],
+        stage: str,
+        task: Task,
         units: Sequence[Unit],
         on_receipt: Callable[[Receipt], None],
+        *,
+        probe: Task | None = None,
         **options: Any,
     ) -> None:
         """Run ``task(workbench, unit, attempt, **options)`` for every unit; receipts come back, never arrays.
 
+        Args:
+            stage: its name.
+            task: may be run twice for one unit, with the same effect.
+            units: in order.
+            on_receipt: hears of every unit, once.
+            probe: as the task, for any rows, and without effect: finds the rows that a unit fails by.
+            options: plain values.
+
         Raises:
             FisherRayError: the task's own, at once.
-            DataError: if a unit failed ``runtime.max_attempts`` times.
+            DataError: if a unit failed ``runtime.max_attempts`` times, naming its rows.
             WorkersLostError: if there was no worker for ``runtime.wait_s``.
         """
-        self._drive(Schedule(units, self._config.runtime.max_attempts, merge=False), task, on_receipt, options)
+        schedule = Schedule(units, self._max_attempts, merge=False, isolate=probe is not None)
+        self._drive(Pass(stage, schedule, task, options, on_receipt, probe=probe))
 
     def reduce(
         self,
-        task: Callable[..., tuple[Receipt, Any]],
+        stage: str,
+        task: Task,
         units: Sequence[Unit],
         on_receipt: Callable[[Receipt], None],
         *,
         merge: Merge | None = None,
+        probe: Task | None = None,
+        checkpoints: Checkpoints | None = None,
         **options: Any,
     ) -> Ref:
         """Run the task for every unit, and merge its arrays along a fixed tree, on the workers.
 
         Args:
+            stage: its name.
             task: called as ``task(workbench, unit, attempt, **options)``.
             units: in order.
-            on_receipt: hears of every unit.
+            on_receipt: hears of every unit, once.
             merge: called as ``merge(workbench, left, right)``; by default, arrays are added.
+            probe: as in :meth:`map`.
+            checkpoints: sums that are kept on storage, and taken from there.
             options: plain values.
 
         Returns:
             A reference to the sum, for :meth:`solo`. Raises as :meth:`map`.
         """
-        schedule = Schedule(units, self._config.runtime.max_attempts, merge=True)
-        self._drive(schedule, task, on_receipt, options, merge)
+        kept = checkpoints.found() if checkpoints is not None else []
+        isolate = probe is not None
+        schedule = Schedule(units, self._max_attempts, merge=True, kept=kept, isolate=isolate)
+        if num_kept := len(units) - schedule.num_units:
+            self._note(f"{stage}: the sums of {num_kept} of {len(units)} units are there already")
+        self._drive(Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints))
         return schedule.result
 
     def solo(
@@ -128,8 +128,8 @@ class Pool:
             The last item. Raises as :meth:`map`.
         """
         failure: WorkersLostError
-        for attempt in range(1, self._config.runtime.max_attempts + 1):
-            member = self._any_ready()
+        for attempt in range(1, self._max_attempts + 1):
+            member = self._crew.any_idle()
             try:
                 return self._stream(member, task, inputs, threads, on_item, options)
             except ray.exceptions.ObjectLostError as error:
@@ -137,7 +137,7 @@ class Pool:
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:  # died, killed for memory, its node gone
-                self._bury(member, error)
+                self._crew.bury(member, error)
                 failure = WorkersLostError(f"{task.__name__} lost its worker {attempt} times. {reason(error)}")
         raise failure
 
@@ -147,181 +147,188 @@ class Pool:
         Raises:
             WorkersLostError: if none was for ``runtime.wait_s``.
         """
-        if not self._target:
-            where = "in this process" if self._session.embedded else "on the cluster"
-            self._note(f"starting workers {where}")
-        self._any_ready()
+        self._crew.any_idle()
 
     def num_cpus(self) -> int:
         """Return the cores of the machine that the first worker runs on."""
-        member = self._any_ready()
-        return member.place.num_cpus if member.place else 1
-
-    @property
-    def target(self) -> int:
-        """How many workers there are to be."""
-        self._top_up()
-        return self._target
-
-    def close(self) -> None:
-        """End the actors, so that something else can have their place; later work starts new ones."""
-        for member in self._members:
-            ray.kill(member.handle)
-        self._members = []
-
-    # -- members
-
-    def _top_up(self) -> None:
-        if not self._target:
-            self._session.connect()
-            self._target = _num_workers(self._config)
-        if not self._members:
-            self._last_seen_s = time.monotonic()
-        while len(self._members) < self._target:
-            self._members.append(self._start())
-
-    def _start(self) -> _Member:
-        runtime = self._config.runtime
-        gpus = gpus_per_worker(self._config)
-        resources = {"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": runtime.cpus_per_worker}
-        actor: Any = ray.remote(Worker)
-        handle = actor.options(
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": self._session.worker_environment()},
-            **resources,
-        ).remote(self._config, self._facts, runtime.cpus_per_worker, gpus > 0)
-        return _Member(handle, handle.ready.remote())
-
-    def _bury(self, member: _Member, error: BaseException) -> None:
-        self._members.remove(member)
-        self._last_death = reason(error)
-        if member.place is not None:
-            self._note(f"lost the worker on {member.place}; starting another")
-            return
-        self._failed_starts += 1
-        self._note(f"a worker ended while it started: {self._last_death}")
-        if self._failed_starts >= MAX_FAILED_STARTS and not any(other.place for other in self._members):
-            raise WorkersLostError(
-                f"{self._failed_starts} workers in a row ended while they started. The last one: {self._last_death}. "
-                "Check that fisher_ray is installed on every machine, and that there is memory, then run again."
-            )
-
-    def _any_ready(self) -> _Member:
-        while True:
-            self._top_up()
-            for member in self._members:
-                if member.place is not None:
-                    return member
-            self._await()
+        place = self._crew.any_idle().place
+        return place.num_cpus if place is not None else 1
 
     # -- the loop
 
-    def _drive(
-        self,
-        schedule: Schedule,
-        task: Callable[..., Any],
-        on_receipt: Callable[[Receipt], None],
-        options: Any,
-        merge: Merge | None = None,
-    ) -> None:
-        while not schedule.finished:
-            self._top_up()
-            for member in self._members:
-                if member.place is not None and member.node is None and (work := schedule.take()) is not None:
-                    self._send(member, schedule, task, *work, options, merge)
-            self._await(schedule, on_receipt)
+    def _drive(self, given: Pass) -> None:
+        self._metrics = self._metrics or DriverMetrics()
+        while not given.schedule.finished:
+            self._check()
+            self._crew.top_up()
+            if given.failure is None:
+                self._assign(given)
+            elif not self._has_work(given):
+                raise given.failure
+            self._metrics.show(given.stage, given.schedule.num_waiting, len(self._crew.ready))
+            for member, job in self._crew.wait(POLL_S):
+                self._take_in(given, member, job)
+            self._give_up_leftovers()
+            for node, isolation in given.schedule.concluded():
+                self._judge(given, node, isolation)
+        self._limit_leftovers(given)
 
-    def _send(
-        self,
-        member: _Member,
-        schedule: Schedule,
-        task: Callable[..., Any],
-        node: Node,
-        attempt: int,
-        options: Any,
-        merge: Merge | None,
-    ) -> None:
-        member.node = node
-        if node.level == 0:
+    def _assign(self, given: Pass) -> None:
+        """Hand out work: first to those who have none, and a second unit where enough wait for everybody."""
+        ready, schedule = self._crew.ready, given.schedule
+        for member in ready:
+            if not member.jobs and (work := schedule.take() or self._straggler(given)) is not None:
+                self._send(member, given, *work)
+        for member in ready:
+            if len(member.jobs) != 1 or schedule.num_waiting < len(ready) or schedule.is_alone(member.jobs[0].work):
+                continue
+            if (work := schedule.take(beside=True)) is not None:
+                self._send(member, given, *work)
+
+    def _straggler(self, given: Pass) -> tuple[Work, int] | None:
+        """Return a piece of work that one worker has had for long, to be done by another too."""
+        now = time.monotonic()
+        for member in self._crew.ready:
+            if not member.jobs or now - member.jobs[0].since_s < given.slow_s:
+                continue
+            for job in member.jobs:
+                if (
+                    job.schedule is given.schedule
+                    and isinstance(job.work, Node)
+                    and given.schedule.num_running(job.work) == 1
+                ):
+                    self._note(f"{given.stage}: {member.place} is slow at {given.schedule.name(job.work)}; run twice")
+                    return given.schedule.copy(job.work)
+        return None
+
+    def _send(self, member: Member, given: Pass, work: Work, attempt: int) -> None:
+        schedule, keep = given.schedule, None
+        if isinstance(work, Part):
             call = member.handle.run.options(num_returns=2)
-            member.reply, member.arrays = call.remote(task, schedule.unit(node), attempt, options)
+            reply, arrays = call.remote(given.stage, given.probe, work.unit, attempt, given.options, None)
+        elif schedule.is_kept(work):
+            keep = given.checkpoints.url(work) if given.checkpoints is not None else None
+            reply, arrays = member.handle.restore.options(num_returns=2).remote(keep)
         else:
-            call = member.handle.merge.options(num_returns=2)
-            member.reply, member.arrays = call.remote(merge, *schedule.inputs(node))
-
-    def _await(self, schedule: Schedule | None = None, on_receipt: Callable[[Receipt], None] | None = None) -> None:
-        """Wait until something comes back, and take it in; without a schedule nobody is at work."""
-        by_ref = {member.waited_for: member for member in self._members if member.waited_for is not None}
-        came, _ = ray.wait(list(by_ref), num_returns=1, timeout=POLL_S)
-        for ref in came:
-            member = by_ref[ref]
-            if member.starting is not None:
-                self._welcome(member)
-            elif schedule is not None:
-                self._take_in(member, schedule, on_receipt)
-        self._check_alive()
-
-    def _welcome(self, member: _Member) -> None:
-        try:
-            place: Any = ray.get(member.starting)
-            member.place, member.starting = place, None
-            self._failed_starts = 0
-        except ray.exceptions.RayTaskError as error:
-            _raise_cause(error)
-        except ray.exceptions.RayError as error:
-            self._bury(member, error)
-
-    def _take_in(self, member: _Member, schedule: Schedule, on_receipt: Callable[[Receipt], None] | None) -> None:
-        node, reply, arrays = member.node, member.reply, member.arrays
-        member.node = member.reply = member.arrays = None
-        if node is None:
-            return
-        try:
-            receipt: Any = ray.get(reply)
-        except ray.exceptions.ObjectLostError as error:
-            self._again(schedule, node, error)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ray.exceptions.ObjectLostError):
-                self._again(schedule, node, error)
-            elif isinstance(error.cause, FisherRayError):
-                _raise_cause(error)
+            keep = given.checkpoints.place(work) if given.checkpoints is not None else None
+            if work.level == 0:
+                call = member.handle.run.options(num_returns=2)
+                unit = schedule.unit(work)
+                reply, arrays = call.remote(given.stage, given.task, unit, attempt, given.options, keep)
             else:
-                schedule.failed(node, reason(error))
-                self._note(f"a piece of work failed on {member.place} and is tried again: {reason(error)}")
+                call = member.handle.merge.options(num_returns=2)
+                reply, arrays = call.remote(given.merge, *schedule.inputs(work), keep)
+        member.jobs.append(Job(work, schedule, reply, arrays, keep))
+
+    def _take_in(self, given: Pass, member: Member, job: Job) -> None:
+        """Take in what came of a job; of an earlier pass' job, only that it has ended."""
+        if job not in member.jobs:
+            return  # its worker was buried meanwhile
+        try:
+            receipt: Any = ray.get(job.reply)
+        except ray.exceptions.RayTaskError as error:
+            member.drop(job)
+            self._failed(given, member, job, error)
+        except ray.exceptions.ObjectLostError as error:
+            member.drop(job)
+            self._input_lost(given, job, error)
         except ray.exceptions.RayError as error:  # died, killed for memory, its node gone
-            self._bury(member, error)
-            schedule.died(node, f"on {member.place}, {reason(error)}")
+            self._lost(given, member, error)
         else:
-            schedule.done(node, arrays)
-            if receipt is not None and on_receipt is not None:
-                on_receipt(receipt)
+            member.drop(job)
+            self._done(given, job, receipt)
 
-    def _again(self, schedule: Schedule, node: Node, error: BaseException) -> None:
-        if node.level == 0:
-            schedule.failed(node, reason(error))
+    def _done(self, given: Pass, job: Job, receipt: Receipt | None) -> None:
+        if job.schedule is not given.schedule:
             return
-        units = schedule.lost(node)
-        self._note(f"sums of {len(units)} units were lost with their machine and are computed again")
+        if not given.schedule.done(job.work, job.arrays, kept=job.keep is not None):
+            return
+        given.durations_s.append(time.monotonic() - job.since_s)
+        if job.keep is not None and isinstance(job.work, Node) and given.checkpoints is not None:
+            given.checkpoints.remove(given.schedule.superseded(job.work))
+        if receipt is not None:
+            given.on_receipt(receipt)
 
-    def _check_alive(self) -> None:
-        if any(member.place is not None for member in self._members):
-            self._last_seen_s, self._waiting_noted = time.monotonic(), False
+    def _failed(self, given: Pass, member: Member, job: Job, error: ray.exceptions.RayTaskError) -> None:
+        if job.schedule is not given.schedule:
             return
-        waited_s = time.monotonic() - self._last_seen_s
-        if waited_s > NOTE_AFTER_S and not self._waiting_noted:
-            self._waiting_noted = True
-            self._note(f"waiting for workers: {wanted(self._config)}")
-        if waited_s > self._config.runtime.wait_s:
-            last = f" The last one ended so: {self._last_death}." if self._last_death else ""
-            raise WorkersLostError(
-                f"no worker could be had for {waited_s:.0f} s (runtime.wait_s); {wanted(self._config)}.{last} "
-                "Free or add machines, or ask for less under 'runtime', then run again to resume."
+        if isinstance(error.cause, ray.exceptions.ObjectLostError):
+            self._input_lost(given, job, error)
+        elif isinstance(error.cause, StoreError) and isinstance(job.work, Node) and given.schedule.is_kept(job.work):
+            given.schedule.unkept(job.work)
+            self._note(f"{given.stage}: a kept sum cannot be read, and is computed again: {error.cause}")
+        elif isinstance(error.cause, FisherRayError) and not _tells(job.work, error.cause):
+            raise_cause(error)
+        else:
+            self._retry(given)
+            given.schedule.failed(job.work, reason(error))
+            if isinstance(job.work, Node):
+                self._note(f"a piece of work failed on {member.place} and is tried again: {reason(error)}")
+
+    def _input_lost(self, given: Pass, job: Job, error: BaseException) -> None:
+        if job.schedule is not given.schedule:
+            return
+        self._retry(given)
+        if isinstance(job.work, Part) or job.work.level == 0 or given.schedule.is_kept(job.work):
+            given.schedule.failed(job.work, reason(error))
+        elif units := given.schedule.lost(job.work):
+            self._note(f"sums of {len(units)} units were lost with their machine and are computed again")
+
+    def _lost(self, given: Pass, member: Member, error: BaseException) -> None:
+        """Take note that a worker died: of its job, or if it had two, of either, so that each is tried alone."""
+        self._crew.bury(member, error)
+        jobs, member.jobs = list(member.jobs), deque()
+        for job in jobs:
+            if job.schedule is not given.schedule:
+                continue
+            self._retry(given)
+            if len(jobs) > 1:
+                given.schedule.died_beside(job.work)
+            else:
+                given.schedule.died(job.work, f"on {member.place}, {reason(error)}")
+
+    def _retry(self, given: Pass) -> None:
+        if self._metrics is not None:
+            self._metrics.retry(given.stage)
+
+    def _judge(self, given: Pass, node: Node, isolation: Isolation) -> None:
+        """Go on with a unit whose rows have been looked at, or end the pass with what was found."""
+        name, rows = given.schedule.name(node), isolation.rows
+        if isolation.hopeless:
+            given.failure = DataError(
+                f"{name} failed again and again, and so do {len(rows)} of its rows by themselves, so it is not they "
+                f"that are to blame. The last time: {isolation.reason}"
             )
+        elif rows and self._on_error != "skip":
+            row, why = next(iter(rows.items()))
+            others = f" ({len(rows) - 1} more rows do too: {[*rows][1:]})" if len(rows) > 1 else ""
+            given.failure = DataError(
+                f"{name}: row {row} fails by itself{others}: {why}. Correct it, or leave such rows out with "
+                "data.on_error: skip.",
+                row=row,
+            )
+        else:
+            if rows:
+                self._note(f"{given.stage}: {name} goes on without the rows that fail by themselves: {[*rows]}")
+            given.schedule.resume(node, isolation.cleared())
+
+    def _has_work(self, given: Pass) -> bool:
+        return any(job.schedule is given.schedule for member in self._crew.ready for job in member.jobs)
+
+    def _limit_leftovers(self, given: Pass) -> None:
+        """Set a limit to workers that are still at what others have finished."""
+        for member in self._crew.ready:
+            for job in member.jobs:
+                job.until_s = job.until_s or time.monotonic() + LEFTOVER_S
+
+    def _give_up_leftovers(self) -> None:
+        for member in self._crew.ready:
+            if any(job.until_s is not None and time.monotonic() > job.until_s for job in member.jobs):
+                self._crew.bury(member, TimeoutError("it did not answer any more"))
 
     def _stream(
         self,
-        member: _Member,
+        member: Member,
         task: Callable[..., Any],
         inputs: Sequence[Ref],
         threads: int,
@@ -329,7 +336,7 @@ class Pool:
         options: dict[str, Any],
     ) -> Any:
         call = member.handle.solo.options(num_returns="streaming")
-        items = _items(call.remote(task, threads, list(inputs), options))
+        items = self._items(call.remote(task, threads, list(inputs), options))
         last = next(items, None)
         for item in items:
             if on_item is not None:
@@ -337,53 +344,20 @@ class Pool:
             last = item
         return last
 
-
-def _items(stream: Iterator[Ref]) -> Iterator[Any]:
-    for ref in stream:
-        try:
-            yield ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            _raise_cause(error)
-
-
-def _raise_cause(error: ray.exceptions.RayTaskError) -> NoReturn:
-    """Raise what the worker raised, without Ray's wrapping; its traceback stays as the cause."""
-    if isinstance(error.cause, Exception) and not isinstance(error.cause, ray.exceptions.RayError):
-        raise error.cause from error
-    raise error
+    def _items(self, stream: Any) -> Iterator[Any]:
+        while True:
+            self._check()
+            came, _ = ray.wait([stream], timeout=POLL_S)
+            if not came:
+                continue
+            try:
+                yield ray.get(next(stream))
+            except StopIteration:
+                return
+            except ray.exceptions.RayTaskError as error:
+                raise_cause(error)
 
 
-def reason(error: BaseException) -> str:
-    """Return an error's kind and first line, without Ray's wrapping."""
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]}"
-
-
-def gpus_per_worker(config: Config) -> float:
-    """Return the GPUs of one worker: as configured, or one where the cluster has any."""
-    asked = config.runtime.gpus_per_worker
-    if asked != "auto":
-        return float(asked)
-    return 1.0 if _resources().get("GPU", 0) >= 1 else 0.0
-
-
-def _num_workers(config: Config) -> int:
-    asked = config.runtime.num_workers
-    if asked != "auto":
-        return int(asked)
-    resources, gpus = _resources(), gpus_per_worker(config)
-    fitting = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / config.runtime.cpus_per_worker
-    return max(1, math.floor(fitting))
-
-
-def wanted(config: Config) -> str:
-    """Say what each worker needs, and what the cluster has."""
-    gpus = gpus_per_worker(config)
-    each = f"{gpus:g} GPU" if gpus else f"{config.runtime.cpus_per_worker} CPU"
-    has = ", ".join(f"{_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-    return f"each needs {each}, the cluster has {has}"
-
-
-def _resources() -> dict[str, float]:
-    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+def _tells(work: Work, error: FisherRayError) -> bool:
+    """Whether an error is what was looked for: rows that are tried by themselves, and are wrong."""
+    return isinstance(work, Part) and isinstance(error, DataError)

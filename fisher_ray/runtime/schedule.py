@@ -6,12 +6,13 @@ No Ray here: results are opaque values, so every decision can be tested by itsel
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fisher_ray.errors import DataError, WorkersLostError
 from fisher_ray.records import Unit
+from fisher_ray.runtime.isolation import Isolation
 
 
 @dataclass(frozen=True)
@@ -27,98 +28,224 @@ class Node:
     position: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a unit that is under suspicion, which are tried by themselves.
+
+    Attributes:
+        node: the unit's.
+        unit: the rows.
+    """
+
+    node: Node
+    unit: Unit
+
+
+Work = Node | Part
+
+
 class Schedule:
     """What is to be done, is being done and is finished, for some units and, if wanted, the merges of their results.
 
     The tree joins neighbours level by level; a last one without a neighbour moves up as it is. So the order of every
-    sum is given by the units alone. Merges come before further units, which keeps few results in memory.
+    sum is given by the units alone. Merges come before further units, which keeps few results in memory; parts of
+    units under suspicion come last. The same work may be handed out twice (:meth:`copy`): the first result counts.
 
     Args:
         units: in order.
-        max_attempts: how often one piece of work may fail, or its inputs be lost.
+        max_attempts: how often one piece of work may fail, or its worker die, or its inputs be lost.
         merge: whether results are merged; otherwise they are not kept.
+        kept: nodes whose results are on storage already: to be had without their units.
+        isolate: whether a unit that fails, or kills its workers, too often is looked at row by row.
     """
 
-    def __init__(self, units: Sequence[Unit], max_attempts: int, *, merge: bool) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        max_attempts: int,
+        *,
+        merge: bool,
+        kept: Iterable[Node] = (),
+        isolate: bool = False,
+    ) -> None:
         """See the class."""
-        self._units, self._max_attempts, self._merge = list(units), max_attempts, merge
-        self._queue = deque(Node(0, position) for position in range(len(self._units)))
-        self._attempts: Counter[Node] = Counter()
-        self._failures: Counter[Node] = Counter()
-        self._losses: Counter[Node] = Counter()
-        self._results: dict[Node, Any] = {}
-        self._running: set[Node] = set()
-        self._left = len(self._units)  # units whose result has not come
+        self._units, self._max_attempts, self._merge, self._isolate = list(units), max_attempts, merge, isolate
         self._widths = [len(self._units)]
         while self._widths[-1] > 1:
             self._widths.append(-(-self._widths[-1] // 2))
+        self._kept = set(kept)
+        self._open = set(self._leaves(self.root)) if self._units else set()
+        self._queue = deque(sorted(self._open, key=self._first_unit))
+        self._running: Counter[Work] = Counter()
+        self._attempts: Counter[Node] = Counter()
+        self._failures: Counter[Node] = Counter()
+        self._deaths: Counter[Node] = Counter()
+        self._losses: Counter[Node] = Counter()
+        self._results: dict[Node, Any] = {}
+        self._ready: deque[Node] = deque()  # merges whose inputs are there
+        self._isolations: dict[Node, Isolation] = {}  # units under suspicion
+        self._isolated: set[Node] = set()
+        self._alone: set[Node] = set()
+
+    @property
+    def root(self) -> Node:
+        """The node of the whole sum."""
+        return Node(len(self._widths) - 1, 0)
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        if self._left:
-            return False
-        return not self._merge or not self._units or Node(len(self._widths) - 1, 0) in self._results
+        return not self._open and (not self._merge or not self._units or self.root in self._results)
 
     @property
     def result(self) -> Any:
         """The root of the merge tree."""
-        return self._results[Node(len(self._widths) - 1, 0)]
+        return self._results[self.root]
+
+    @property
+    def num_units(self) -> int:
+        """How many units are still to be computed."""
+        return sum(1 for node in self._open if node not in self._kept)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many pieces of work may start just now."""
+        return len(self._queue) + len(self._ready)
 
     def unit(self, node: Node) -> Unit:
         """Return the unit of a node at level 0."""
         return self._units[node.position]
+
+    def is_kept(self, node: Node) -> bool:
+        """Whether a node's result is to be had from storage."""
+        return node in self._kept
 
     def inputs(self, node: Node) -> tuple[Any, Any]:
         """Return the two results that a merge adds, left first."""
         left, right = self._children(node)
         return self._results[left], self._results[right]
 
-    def take(self) -> tuple[Node, int] | None:
-        """Hand out the next piece of work with the number of its attempt, from 1; None if there is none just now."""
-        node = self._ready_merge()
-        if node is None and self._queue:
-            node = self._queue.popleft()
-        if node is None:
+    def take(self, *, beside: bool = False) -> tuple[Work, int] | None:
+        """Hand out the next piece of work with the number of its attempt, from 1; None if there is none just now.
+
+        With ``beside`` it is for somebody who has another piece of work.
+        """
+        waiting = self._ready or self._queue
+        if waiting and not (beside and self.is_alone(waiting[0])):
+            return self.copy(waiting.popleft())
+        if beside:
             return None
-        self._running.add(node)
+        for node, isolation in self._isolations.items():
+            if (unit := isolation.take()) is not None:
+                part = Part(node, unit)
+                self._running[part] += 1
+                return part, self._attempts[node]
+        return None
+
+    def copy(self, node: Node) -> tuple[Node, int]:
+        """Hand a piece of work out again that somebody is slow at."""
+        self._running[node] += 1
         self._attempts[node] += 1
         return node, self._attempts[node]
 
-    def done(self, node: Node, result: Any) -> None:
-        """Keep a result; what it was merged from is let go."""
-        self._running.discard(node)
-        if node.level == 0:
-            self._left -= 1
-        else:
-            for child in self._children(node):
-                del self._results[child]
+    def is_alone(self, work: Work) -> bool:
+        """Whether whoever has this piece of work is to have no other, so that it is known by what a worker dies."""
+        return isinstance(work, Part) or work in self._alone
+
+    def num_running(self, work: Work) -> int:
+        """Return how many have a piece of work."""
+        return self._running[work]
+
+    def done(self, work: Work, result: Any, *, kept: bool = False) -> bool:
+        """Keep a result; what it was merged from is let go.
+
+        Args:
+            work: what is done.
+            result: any value; parts have none.
+            kept: whether it is on storage too.
+
+        Returns:
+            Whether it is the first of this piece of work.
+        """
+        self._stop(work)
+        if isinstance(work, Part):
+            if work.node in self._isolations:
+                self._isolations[work.node].passed(work.unit)
+            return False
+        if not self._is_wanted(work):
+            return False
+        self._open.discard(work)
+        self._isolations.pop(work, None)
+        if work in self._queue:
+            self._queue.remove(work)
+        for child in self._children(work):
+            self._results.pop(child, None)
+        if kept:
+            self._kept.add(work)
         if self._merge:
-            self._results[node] = result
-            self._lift(node)
+            self._results[work] = result
+            self._lift(work)
+        return True
 
-    def failed(self, node: Node, reason: str) -> None:
-        """Put a piece of work back.
+    def superseded(self, node: Node) -> list[Node]:
+        """Return the nodes below one that were kept on storage, which need not be kept any more."""
+        below = [
+            other
+            for other in self._kept
+            if other.level < node.level and other.position >> (node.level - other.level) == node.position
+        ]
+        self._kept.difference_update(below)
+        return below
 
-        Raises:
-            DataError: if it has failed ``max_attempts`` times.
-        """
-        self._running.discard(node)
-        self._failures[node] += 1
-        if self._failures[node] >= self._max_attempts:
-            raise DataError(f"{self._name(node)} failed {self._failures[node]} times; the last time: {reason}")
-        if node.level == 0:
-            self._queue.appendleft(node)
-
-    def died(self, node: Node, reason: str) -> None:
-        """Put a piece of work back whose worker died, which is no failure of its own as far as one can tell.
+    def failed(self, work: Work, reason: str) -> None:
+        """Put a piece of work back, or look at its rows if it has failed too often.
 
         Raises:
-            WorkersLostError: if that happened ``max_attempts`` times.
+            DataError: if that cannot help.
         """
-        self._count_loss(node, f"its worker died; the last time: {reason}")
-        if node.level == 0:
-            self._queue.appendleft(node)
+        self._stop(work)
+        if isinstance(work, Part):
+            if work.node in self._isolations:
+                self._isolations[work.node].failed(work.unit, reason)
+        elif self._is_wanted(work):
+            self._failures[work] += 1
+            if self._failures[work] < self._max_attempts:
+                self._put_back(work)
+            elif not self._suspect(work, reason):
+                raise DataError(f"{self.name(work)} failed {self._failures[work]} times; the last time: {reason}")
+
+    def died(self, work: Work, reason: str) -> None:
+        """Put a piece of work back whose worker died, or look at its rows if that has happened too often.
+
+        Raises:
+            WorkersLostError: if that cannot help.
+        """
+        if isinstance(work, Part):
+            self.failed(work, f"its worker died: {reason}")
+            return
+        self._stop(work)
+        if self._is_wanted(work):
+            self._deaths[work] += 1
+            if self._deaths[work] < self._max_attempts:
+                self._put_back(work)
+            elif not self._suspect(work, f"its worker died: {reason}"):
+                raise self._given_up(work, self._deaths[work], f"its worker died; the last time: {reason}")
+
+    def died_beside(self, work: Work) -> None:
+        """Put a piece of work back whose worker died while it had another too: from now on it is done alone."""
+        if isinstance(work, Node):
+            self._alone.add(work)
+        self.returned(work)
+
+    def returned(self, work: Work) -> None:
+        """Put a piece of work back that its worker had not come to."""
+        self._stop(work)
+        if isinstance(work, Part):
+            if work.node in self._isolations:
+                self._isolations[work.node].returned(work.unit)
+        elif self._is_wanted(work):
+            self._attempts[work] -= 1
+            self._put_back(work)
 
     def lost(self, node: Node) -> list[Unit]:
         """Take note that a merge's inputs are gone: their units are computed again, which is no failure of theirs.
@@ -126,54 +253,117 @@ class Schedule:
         Raises:
             WorkersLostError: if it lost them ``max_attempts`` times.
         """
-        self._count_loss(node, "its inputs were lost with the machines that held them")
-        again: list[Unit] = []
-        for child in self._children(node):
-            again += self._forget(child)
-        return again
-
-    def _count_loss(self, node: Node, what: str) -> None:
-        self._running.discard(node)
+        self._stop(node)
+        if not self._is_wanted(node):
+            return []
         self._losses[node] += 1
         if self._losses[node] >= self._max_attempts:
-            raise WorkersLostError(
-                f"{self._name(node)} was tried {self._losses[node]} times: {what}. If machines come and go, run again "
-                "to resume; if not, look at the workers' memory."
-            )
+            what = "its inputs were lost with the machines that held them"
+            raise self._given_up(node, self._losses[node], what)
+        return [unit for child in self._children(node) for unit in self._forget(child)]
+
+    def lost_result(self) -> list[Unit]:
+        """Take note that the whole sum is gone: as :meth:`lost`."""
+        self._losses[self.root] += 1
+        if self._losses[self.root] >= self._max_attempts:
+            raise self._given_up(self.root, self._losses[self.root], "it was lost with the machine that held it")
+        return self._forget(self.root)
+
+    def unkept(self, node: Node) -> list[Unit]:
+        """Take note that a result cannot be had from storage after all; its units are computed again."""
+        self._stop(node)
+        self._kept.discard(node)
+        self._open.discard(node)
+        return self._forget(node)
+
+    def concluded(self) -> list[tuple[Node, Isolation]]:
+        """Return, once each, the units under suspicion whose rows have been looked at."""
+        ended = [(node, isolation) for node, isolation in self._isolations.items() if isolation.finished]
+        for node, _ in ended:
+            del self._isolations[node]
+        return ended
+
+    def resume(self, node: Node, unit: Unit) -> None:
+        """Take a unit up again that was under suspicion, without the rows that it now excludes."""
+        self._units[node.position] = unit
+        self._failures[node] = self._deaths[node] = 0
+        self._put_back(node)
+
+    def name(self, node: Node) -> str:
+        """Say which piece of work a node is."""
+        if node.level:
+            return f"merging sums (level {node.level}, position {node.position})"
+        unit = self.unit(node)
+        return f"unit {unit.index} with rows [{unit.start}, {unit.stop})"
+
+    def _is_leaf(self, node: Node) -> bool:
+        return node.level == 0 or node in self._kept
+
+    def _is_wanted(self, node: Node) -> bool:
+        if node in self._open:
+            return True
+        return not self._is_leaf(node) and all(child in self._results for child in self._children(node))
+
+    def _stop(self, work: Work) -> None:
+        self._running[work] -= 1
+        if self._running[work] <= 0:
+            del self._running[work]
+
+    def _put_back(self, node: Node) -> None:
+        if self._running[node]:
+            return  # somebody else has it too
+        if not self._is_leaf(node):
+            self._ready.appendleft(node)
+        elif node not in self._queue and node not in self._isolations:
+            self._queue.appendleft(node)
+
+    def _suspect(self, node: Node, reason: str) -> bool:
+        """Look at a unit's rows, if that has not been done, and can be."""
+        if not self._isolate or node.level or node in self._kept or node in self._isolated:
+            return False
+        self._isolated.add(node)
+        self._isolations[node] = Isolation(self.unit(node), reason)
+        return True
+
+    def _given_up(self, node: Node, times: int, what: str) -> WorkersLostError:
+        return WorkersLostError(
+            f"{self.name(node)} was tried {times} times: {what}. If machines come and go, run again "
+            "to resume; if not, look at the workers' memory."
+        )
 
     def _forget(self, node: Node) -> list[Unit]:
         self._results.pop(node, None)
-        if node.level == 0:
-            self._left += 1
-            self._queue.appendleft(node)
-            return [self.unit(node)]
-        return [unit for child in self._children(node) for unit in self._forget(child)]
+        if not self._is_leaf(node):
+            return [unit for child in self._children(node) for unit in self._forget(child)]
+        self._open.add(node)
+        self._queue.appendleft(node)
+        return [] if node in self._kept else [self.unit(node)]
 
-    def _ready_merge(self) -> Node | None:
-        for child in self._results if self._merge else ():
-            node = Node(child.level + 1, child.position // 2)
-            if child.position % 2 == 0 and node not in self._running and node.level < len(self._widths):
-                pair = self._children(node)
-                if len(pair) == 2 and pair[1] in self._results:
-                    return node
-        return None
+    def _leaves(self, node: Node) -> list[Node]:
+        """Return the nodes below one whose results are had without merging."""
+        if self._is_leaf(node):
+            return [node]
+        return [leaf for child in self._children(node) for leaf in self._leaves(child)]
+
+    def _first_unit(self, node: Node) -> int:
+        return node.position << node.level
 
     def _children(self, node: Node) -> tuple[Node, ...]:
+        if not node.level:
+            return ()
         width = self._widths[node.level - 1]
         first = 2 * node.position
         return tuple(Node(node.level - 1, position) for position in range(first, min(first + 2, width)))
 
     def _lift(self, node: Node) -> None:
-        """Move a result without a neighbour up until it has one."""
+        """Move a result without a neighbour up until it has one, and see whether they can be merged."""
         while node.level + 1 < len(self._widths) and node.position == self._widths[node.level] - 1:
             if node.position % 2 == 1:
-                return
+                break
             above = Node(node.level + 1, node.position // 2)
             self._results[above] = self._results.pop(node)
             node = above
-
-    def _name(self, node: Node) -> str:
-        if node.level:
-            return f"merging sums (level {node.level}, position {node.position})"
-        unit = self.unit(node)
-        return f"unit {unit.index} with rows [{unit.start}, {unit.stop})"
+        if node.level + 1 < len(self._widths):
+            above = Node(node.level + 1, node.position // 2)
+            if all(child in self._results for child in self._children(above)) and not self._running[above]:
+                self._ready.append(above)

@@ -14,8 +14,12 @@ import ray.exceptions
 
 from fisher_ray.errors import ConfigError, WorkersLostError
 
-MALLOC = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-"""Keeps glibc from giving memory back: on many machines a fresh page costs as much as the arithmetic in it."""
+MALLOC = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"arena_max": 1, "mmap_max": 0, "trim_threshold": 2**34, "top_pad": 2**28}.items()
+)
+"""Keeps glibc from giving memory back: on many machines a fresh page costs as much as the arithmetic in it. One arena,
+since a worker's threads take turns."""
 
 
 class Session:

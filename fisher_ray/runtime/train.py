@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fisher_ray.config import Config
 from fisher_ray.errors import DataError, FisherRayError, WorkersLostError
-from fisher_ray.runtime.pool import gpus_per_worker, reason, wanted
+from fisher_ray.runtime.failures import reason
+from fisher_ray.runtime.resources import fitting, free_resources, needs, wanted
 from fisher_ray.runtime.session import Session
 from fisher_ray.stages import Facts, Workbench, logistic
 from fisher_ray.stages.logistic import Order
@@ -61,7 +62,7 @@ class _FitError(Exception):
 
 
 def fit_logistic(
-    session: Session, config: Config, facts: Facts, num_workers: int, note: Callable[[str], None]
+    session: Session, config: Config, facts: Facts, num_workers: int, gpus: float, note: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run :func:`fisher_ray.stages.logistic.fit_logistic` on the workers of a Ray cluster.
 
@@ -73,6 +74,7 @@ def fit_logistic(
         config: the run's, its paths absolute.
         facts: what the first look at the request found.
         num_workers: ranks, if there are places for them.
+        gpus: of each.
         note: told of lost workers, of fewer workers, and of fits that did not converge.
 
     Returns:
@@ -88,17 +90,17 @@ def fit_logistic(
     while True:
         start_s, losses = time.monotonic(), list[str]()
         try:
-            result = _run_group(session, config, facts, num_workers, attempts, losses)
+            result = _run_group(session, config, facts, num_workers, gpus, attempts, losses)
         except _NotStartedError as error:
             lap_s = min(time.monotonic() - start_s, START_TIMEOUT_S)
             failed_starts, waited_s = (1, lap_s) if losses else (failed_starts + 1, waited_s + lap_s)
             if waited_s >= runtime.wait_s or failed_starts >= MAX_FAILED_STARTS:
                 raise WorkersLostError(
                     f"no worker could be had for the logistic fit in {waited_s:.0f} s and {failed_starts} tries: "
-                    f"{error} ({wanted(config)}). Add machines, or ask for less under 'runtime', then run again."
+                    f"{error} ({wanted(config, gpus)}). Add machines, or ask for less under 'runtime', then run again."
                 ) from error
             attempts -= len(losses)
-            num_workers = max(1, min(num_workers - 1, _free_places(config)))
+            num_workers = max(1, min(num_workers - 1, fitting(config, gpus, free_resources())))
             note(f"the logistic fit did not start ({error}); it is tried with workers: {num_workers}")
         else:
             _note_unconverged(result, note)
@@ -109,7 +111,7 @@ def fit_logistic(
 
 
 def _run_group(
-    session: Session, config: Config, facts: Facts, num_workers: int, attempts: int, losses: list[str]
+    session: Session, config: Config, facts: Facts, num_workers: int, gpus: float, attempts: int, losses: list[str]
 ) -> dict[str, Any]:
     """Run one group to its end; ``losses`` is filled with what ended an attempt.
 
@@ -117,7 +119,6 @@ def _run_group(
         _NotStartedError: if it did not start, or not again.
         FisherRayError: as :func:`fit_logistic`.
     """
-    gpus = gpus_per_worker(config)
     threads = config.runtime.cpus_per_worker
     with tempfile.TemporaryDirectory(prefix="fisher-ray-train-") as folder:
         record = Path(folder, "losses")
@@ -129,7 +130,7 @@ def _run_group(
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=gpus > 0,
-                resources_per_worker={"GPU": gpus} if gpus else {"CPU": float(threads)},
+                resources_per_worker=needs(config, gpus),
             ),
             run_config=RunConfig(
                 name="logistic",
@@ -185,12 +186,6 @@ def _note_unconverged(result: dict[str, Any], note: Callable[[str], None]) -> No
             f"logistic fits that ended before they converged, by penalty: {', '.join(open_fits)}. "
             "Raise linear.max_steps if the validation accuracy is to be trusted to the last digit."
         )
-
-
-def _free_places(config: Config) -> int:
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-    gpus = gpus_per_worker(config)
-    return math.floor(free.get("GPU", 0) / gpus if gpus else free.get("CPU", 0) / config.runtime.cpus_per_worker)
 
 
 # -- around Ray Train, in the driver

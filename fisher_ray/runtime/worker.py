@@ -10,9 +10,14 @@ from typing import Any
 
 from fisher_ray.config import Config
 from fisher_ray.records import Receipt, Unit
+from fisher_ray.runtime.metrics import WorkerMetrics
 
 Arrays = dict[str, Any]
+Task = Callable[..., tuple[Receipt, Arrays | None]]
 Merge = Callable[[Any, Arrays, Arrays], Arrays]
+
+IN_FLIGHT = 2
+"""Units that a worker has at a time: one is read, or written, while the other is computed."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Place:
     Attributes:
         host: name of the machine.
         pid: process id there.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, or the GPU's name.
         num_cpus: cores that the process may use.
     """
 
@@ -37,7 +42,7 @@ class Place:
 
 
 class Worker:
-    """Runs one piece of work at a time.
+    """Runs pieces of work; up to :data:`IN_FLIGHT` at a time, of which one computes.
 
     Args:
         config: the run's.
@@ -55,20 +60,34 @@ class Worker:
         self._threads = threads
         device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
         self._bench = Workbench(config, facts, device)
-        torch.set_num_threads(threads)
+        name = torch.cuda.get_device_name() if device == "cuda" else device
+        self._place = Place(socket.gethostname(), os.getpid(), name, len(os.sched_getaffinity(0)))
+        self._metrics = WorkerMetrics(self._place.host)
 
     def ready(self) -> Place:
         """Say where this actor runs."""
-        return Place(socket.gethostname(), os.getpid(), str(self._bench.device), len(os.sched_getaffinity(0)))
+        return self._place
 
     def run(
-        self, task: Callable[..., tuple[Receipt, Arrays | None]], unit: Unit, attempt: int, options: dict[str, Any]
+        self, stage: str, task: Task, unit: Unit, attempt: int, options: dict[str, Any], keep: str | None
     ) -> tuple[Receipt, Arrays | None]:
-        """Run a unit's task: its receipt for the driver, and arrays that stay in the object store."""
-        receipt, arrays = task(self._bench, unit, attempt, **options)
-        return replace(receipt, worker=str(self.ready())), arrays
+        """Run a unit's task: its receipt for the driver, and arrays that stay in the object store.
 
-    def merge(self, merge: Merge | None, left: Arrays, right: Arrays) -> tuple[None, Arrays]:
+        Args:
+            stage: for the metrics.
+            task: called as ``task(workbench, unit, attempt, **options)``.
+            unit: the rows.
+            attempt: from 1.
+            options: plain values.
+            keep: where the arrays are to be kept on storage too.
+        """
+        self._use_threads(self._threads)
+        receipt, arrays = task(self._bench, unit, attempt, **options)
+        _keep(arrays, keep)
+        self._metrics.count(stage, receipt)
+        return replace(receipt, worker=str(self._place)), arrays
+
+    def merge(self, merge: Merge | None, left: Arrays, right: Arrays, keep: str | None) -> tuple[None, Arrays]:
         """Merge two results: as ``merge(workbench, left, right)`` does, or by adding their arrays.
 
         Raises:
@@ -76,9 +95,24 @@ class Worker:
         """
         if left.keys() != right.keys():
             raise ValueError(f"sums of {sorted(left)} do not merge with sums of {sorted(right)}")
-        if merge is not None:
-            return None, merge(self._bench, left, right)
-        return None, {name: value + right[name] for name, value in left.items()}
+        with self._bench.turn:
+            self._use_threads(self._threads)
+            if merge is not None:
+                merged = merge(self._bench, left, right)
+            else:
+                merged = {name: value + right[name] for name, value in left.items()}
+            _keep(merged, keep)
+        return None, merged
+
+    def restore(self, url: str) -> tuple[None, Arrays]:
+        """Read arrays that were kept on storage.
+
+        Raises:
+            StoreError: if they are not whole.
+        """
+        from fisher_ray.store import load_arrays
+
+        return None, load_arrays(url)[0]
 
     def solo(self, task: Callable[..., Any], threads: int, inputs: list[Any], options: dict[str, Any]) -> Iterator[Any]:
         """Run a task that is done once, with ``threads``, and yield what it yields, or its one result.
@@ -90,12 +124,22 @@ class Worker:
             options: plain values.
         """
         import ray
-        import torch
 
-        torch.set_num_threads(threads)
-        try:
+        with self._bench.turn:
+            self._use_threads(threads)
             result = task(self._bench, *ray.get(inputs), **options)
             for item in result if isinstance(result, Iterator) else [result]:  # noqa: UP028 - Ray sends values in
                 yield item
-        finally:
-            torch.set_num_threads(self._threads)
+
+    def _use_threads(self, threads: int) -> None:
+        """Set the arithmetic's threads for this thread of the actor, and those it starts."""
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _keep(arrays: Arrays | None, url: str | None) -> None:
+    if url is not None and arrays is not None:
+        from fisher_ray.store import save_arrays
+
+        save_arrays(url, arrays, {"kind": "sum"})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fisher_ray.metric import LowRankMetric, basis_arrays, basis_attributes
-from fisher_ray.records import Receipt, Unit
+from fisher_ray.records import Batch, Receipt, Unit
 from fisher_ray.stages import compression, shallow
 from fisher_ray.stages.halving import Halvings
-from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
+from fisher_ray.stages.passes import Features, batch_features, fisher_pass, kronecker_pass
 from fisher_ray.stages.training import clean_batches, drop_row
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import open_features, save_arrays, write_unit
@@ -20,25 +24,52 @@ from fisher_ray.store import open_features, save_arrays, write_unit
 Arrays = dict[str, np.ndarray]
 
 
+@dataclass
+class _Log:
+    """What is to be told of a unit."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+    halvings: Halvings = field(default_factory=Halvings)
+
+    def receipt(self, unit: Unit, attempt: int, num_bytes: int = 0) -> Receipt:
+        return Receipt(unit, attempt, self.seconds, num_bytes, skipped=self.skipped, num_halvings=self.halvings.count)
+
+
+@contextmanager
+def _samples(bench: Workbench, split: str, unit: Unit, log: _Log) -> Iterator[Iterator[Batch]]:
+    """Yield a unit's clean samples when it is its turn to compute; reading begins at once."""
+    start = time.monotonic()
+    batches = clean_batches(bench, split, range(unit.start, unit.stop), log.skipped, dict(unit.excluded))
+    try:
+        first = next(batches, None)
+        log.seconds["read"] = time.monotonic() - start
+        with bench.turn:
+            start = time.monotonic()
+            yield itertools.chain([] if first is None else [first], batches)
+            log.seconds["compute"] = time.monotonic() - start
+    finally:
+        batches.close()
+
+
 def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum the factors' second moments over a unit, of the layers that are compressed by them."""
-    start, skipped, config = time.monotonic(), dict[int, str](), bench.config
-    batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
-    drop, halvings = partial(drop_row, bench, "shallow", skipped), Halvings()
-    plans = compression.plan(config.compression, config.metric, bench.facts.block_shapes)
-    layers, labels, draws = plans.with_moments, config.metric_labels, config.metric.draws
-    sums = kronecker_pass(bench.engine, layers, batches, labels, config.seed, drop, halvings, draws)
-    return _receipt(unit, attempt, start, skipped, halvings.count), sums
+    log, config = _Log(), bench.config
+    drop, labels, draws = partial(drop_row, bench, "shallow", log.skipped), config.metric_labels, config.metric.draws
+    layers = compression.plan(config.compression, config.metric, bench.facts.block_shapes).with_moments
+    with _samples(bench, "shallow", unit, log) as batches:
+        sums = kronecker_pass(bench.engine, layers, batches, labels, config.seed, drop, log.halvings, draws)
+    return log.receipt(unit, attempt), sums
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum the Fisher over a unit, in compressed coordinates."""
-    start, skipped, config = time.monotonic(), dict[int, str](), bench.config
-    batches = clean_batches(bench, "shallow", range(unit.start, unit.stop), skipped)
-    drop, labels, draws = partial(drop_row, bench, "shallow", skipped), config.metric_labels, config.metric.draws
-    sums, halvings = bench.new_fisher_sum(), Halvings()
-    arrays = fisher_pass(bench.engine, bench.compressor, sums, batches, labels, config.seed, drop, halvings, draws)
-    return _receipt(unit, attempt, start, skipped, halvings.count), arrays
+    log, config = _Log(), bench.config
+    drop, labels, draws = partial(drop_row, bench, "shallow", log.skipped), config.metric_labels, config.metric.draws
+    with _samples(bench, "shallow", unit, log) as batches:
+        engine, compressor, sums = bench.engine, bench.compressor, bench.new_fisher_sum()
+        arrays = fisher_pass(engine, compressor, sums, batches, labels, config.seed, drop, log.halvings, draws)
+    return log.receipt(unit, attempt), arrays
 
 
 def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
@@ -48,32 +79,45 @@ def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
     """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
-    start, skipped, config = time.monotonic(), dict[int, str](), bench.config
+    log, url = _Log(), bench.url(f"features/{name}.zarr")
     parts: dict[str, list[np.ndarray]] = {}
-    halvings = Halvings()
-    for batch in clean_batches(bench, split, range(unit.start, unit.stop), skipped):
-        made = batch_features(
-            bench.engine,
-            bench.compressor,
-            bench.metric,
-            batch,
-            labels=config.scores.labels,
-            seed=config.seed,
-            views=config.linear.views,
-            drop=partial(drop_row, bench, split, skipped),
-            halvings=halvings,
-        )
-        if made is None:
-            continue
+    for made in _features(bench, split, unit, log):
         arrays = {"features": made.values, "logits": made.logits}
         arrays |= {"labels": made.batch.labels, "index": made.batch.index}
         for key, value in {**arrays, **({"hidden": made.hidden} if made.hidden is not None else {})}.items():
             parts.setdefault(key, []).append(value.cpu().numpy())
-    computed, url = time.monotonic(), bench.url(f"features/{name}.zarr")
+    start = time.monotonic()
     joined = {key: np.concatenate(values) for key, values in parts.items()} or _no_rows(url)
-    num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=skipped)
-    seconds = {"compute": computed - start, "write": time.monotonic() - computed}
-    return Receipt(unit, attempt, seconds, num_bytes, skipped=skipped, num_halvings=halvings.count), None
+    num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=log.skipped)
+    log.seconds["write"] = time.monotonic() - start
+    return log.receipt(unit, attempt, num_bytes), None
+
+
+def try_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
+    """Do as :func:`write_features` with any rows, and write nothing."""
+    log = _Log()
+    for _ in _features(bench, split, unit, log):
+        pass
+    return log.receipt(unit, attempt), None
+
+
+def _features(bench: Workbench, split: str, unit: Unit, log: _Log) -> Iterator[Features]:
+    config, drop = bench.config, partial(drop_row, bench, split, log.skipped)
+    with _samples(bench, split, unit, log) as batches:
+        for batch in batches:
+            made = batch_features(
+                bench.engine,
+                bench.compressor,
+                bench.metric,
+                batch,
+                labels=config.scores.labels,
+                seed=config.seed,
+                views=config.linear.views,
+                drop=drop,
+                halvings=log.halvings,
+            )
+            if made is not None:
+                yield made
 
 
 def _no_rows(url: str) -> Arrays:
@@ -84,14 +128,12 @@ def _no_rows(url: str) -> Arrays:
 
 def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
     """Sum the linear model's Gram matrix over some rows of the feature store."""
-    start = time.monotonic()
-    sums = shallow.gram_sums(bench, unit, part)
-    return _receipt(unit, attempt, start, {}), sums
-
-
-def _receipt(unit: Unit, attempt: int, start: float, skipped: dict[int, str], num_halvings: int = 0) -> Receipt:
-    seconds = {"compute": time.monotonic() - start}
-    return Receipt(unit, attempt, seconds, skipped=skipped, num_halvings=num_halvings)
+    log = _Log()
+    with bench.turn:
+        start = time.monotonic()
+        sums = shallow.gram_sums(bench, unit, part)
+        log.seconds["compute"] = time.monotonic() - start
+    return log.receipt(unit, attempt), sums
 
 
 def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:

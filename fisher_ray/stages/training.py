@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,8 +112,17 @@ def count_correct(bench: Workbench, model: nn.Module) -> tuple[int, int]:
     return correct, total
 
 
-def clean_batches(bench: Workbench, split: str, rows: range, skipped: dict[int, str]) -> Iterator[Batch]:
-    """Yield clean samples of ``split`` in row order, on the bench's device, in micro-batches."""
+def clean_batches(
+    bench: Workbench,
+    split: str,
+    rows: range,
+    skipped: dict[int, str],
+    excluded: Mapping[int, str] = MappingProxyType({}),
+) -> Generator[Batch, None, None]:
+    """Yield clean samples of ``split`` in row order, on the bench's device, in micro-batches.
+
+    Arguments as of :func:`fisher_ray.data.load_batches`.
+    """
     facts, config = bench.facts, bench.config
     batches = load_batches(
         bench.source(split),
@@ -122,6 +132,7 @@ def clean_batches(bench: Workbench, split: str, rows: range, skipped: dict[int, 
         expected_shape=facts.input_shape,
         on_error=config.data.on_error,
         skipped=skipped,
+        excluded=excluded,
     )
     try:
         for batch in batches:

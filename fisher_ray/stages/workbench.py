@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -40,13 +41,18 @@ class Workbench:
         config: the run's configuration, its paths absolute.
         facts: what the first look found.
         device: where to compute.
+
+    Attributes:
+        turn: held by whoever computes; reading a source needs none.
     """
 
     def __init__(self, config: Config, facts: Facts, device: str = "cpu") -> None:
         """See the class."""
         self.config, self.facts, self.device = config, facts, torch.device(device)
         self.storage = Storage(config.output)
+        self.turn = threading.RLock()
         self._sources: dict[str, Source] = {}
+        self._opening = threading.Lock()
 
     def url(self, name: str) -> str:
         """Return the URL of ``name`` in the run folder."""
@@ -54,9 +60,10 @@ class Workbench:
 
     def source(self, split: str) -> Source:
         """Return the split's rows."""
-        if split not in self._sources:
-            self._sources[split] = _open(self.config, split)
-        return self._sources[split]
+        with self._opening:
+            if split not in self._sources:
+                self._sources[split] = _open(self.config, split)
+            return self._sources[split]
 
     def new_model(self) -> nn.Module:
         """Return a network of its own, with the base network's weights."""

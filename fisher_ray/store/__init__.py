@@ -5,13 +5,14 @@ A *feature store* is written in units by many workers, a *group of arrays* in on
 
 from fisher_ray.store.arrays import load_arrays, save_arrays
 from fisher_ray.store.check import describe, verify
-from fisher_ray.store.layout import ArraySpec, StoreSpec
+from fisher_ray.store.layout import SEAL, ArraySpec, StoreSpec
 from fisher_ray.store.reader import FeatureStore, open_features
 from fisher_ray.store.seal import finished_units, seal
 from fisher_ray.store.writer import create_store, write_unit
 from fisher_ray.store.zarr_group import open_arrays
 
 __all__ = [
+    "SEAL",
     "ArraySpec",
     "FeatureStore",
     "StoreSpec",

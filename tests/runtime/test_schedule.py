@@ -7,29 +7,59 @@ from hypothesis import strategies as st
 
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, StoppedError, WorkersLostError
-from fisher_ray.runtime.schedule import Node, Schedule
+from fisher_ray.records import Unit
+from fisher_ray.runtime.schedule import Node, Part, Schedule
 
 
-def work_through(num_units: int, seed: int, num_workers: int, trouble: float) -> str:
-    """Run a schedule with random completion orders, failures and losses; results are the expressions that make them."""
-    chance, schedule = random.Random(seed), Schedule(plan_units(num_units, 1), 10**6, merge=True)
-    running: list[Node] = []
+def work_through(
+    num_units: int, seed: int, num_workers: int, trouble: float, storage: dict[Node, str] | None = None, stop: float = 0
+) -> str | None:
+    """Run a schedule with random completion orders, failures, losses and work that is done twice.
+
+    Results are the expressions that make them. What is in ``storage`` is kept there, as some merges' results are; with
+    the chance ``stop`` the run ends after a piece of work, and returns None.
+    """
+    chance, storage = random.Random(seed), {} if storage is None else storage
+    schedule = Schedule(plan_units(num_units, 1), 10**6, merge=True, kept=list(storage))
+    running: list[tuple[Node, tuple[str, str] | None]] = []  # with the inputs, which are as they were when it began
     while not schedule.finished:
-        while len(running) < num_workers and (work := schedule.take()) is not None:
-            running.append(work[0])
+        if chance.random() < stop:
+            return None
+        while len(running) < num_workers:
+            if (work := schedule.take()) is None and running and chance.random() < trouble:
+                node = chance.choice(running)[0]
+                work = schedule.copy(node) if schedule.num_running(node) == 1 else None
+            if work is None:
+                break
+            merges = work[0].level and not schedule.is_kept(work[0])
+            try:
+                running.append((work[0], schedule.inputs(work[0]) if merges else None))
+            except KeyError:  # a copy whose first has been done, or lost, meanwhile
+                schedule.returned(work[0])
+                break
         assert running, "nothing runs, nothing is ready, and it is not finished"
-        node = running.pop(chance.randrange(len(running)))
+        node, inputs = running.pop(chance.randrange(len(running)))
         if chance.random() < trouble:
-            if node.level and chance.random() < 0.5:
+            how = chance.choice(["failed", "died", "returned", "lost"])
+            if inputs is not None and how == "lost":
                 schedule.lost(node)
+            elif schedule.is_kept(node) and how == "lost":
+                storage.pop(node, None)
+                schedule.unkept(node)
+            elif how == "returned":
+                schedule.returned(node)
             else:
-                schedule.failed(node, "bad luck")
-        elif node.level:
-            left, right = schedule.inputs(node)
-            schedule.done(node, f"({left}+{right})")
+                getattr(schedule, "failed" if how == "lost" else how)(node, "bad luck")
+            continue
+        if inputs is not None:
+            result = f"({inputs[0]}+{inputs[1]})"
         else:
-            schedule.done(node, str(schedule.unit(node).index))
-    assert schedule.take() is None
+            result = storage[node] if schedule.is_kept(node) else str(schedule.unit(node).index)
+        kept = node.level >= 2 and stop > 0
+        if schedule.done(node, result, kept=kept) and kept:
+            storage[node] = result
+            for below in schedule.superseded(node):
+                del storage[below]
     return str(schedule.result)
 
 
@@ -40,6 +70,80 @@ def test_the_tree_is_the_same_whatever_the_order_the_workers_and_the_losses(num_
     assert work_through(num_units, seed, num_workers, 0.3) == undisturbed
     found = [int(word) for word in undisturbed.replace("(", " ").replace(")", " ").replace("+", " ").split()]
     assert found == list(range(num_units))
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32), st.integers(1, 4))
+def test_the_tree_is_the_same_whatever_was_kept_when_the_run_stopped(num_units, seed, num_workers):
+    storage: dict[Node, str] = {}
+    result = None
+    for start in range(1000):
+        result = work_through(num_units, seed + start, num_workers, 0.1, storage, stop=0.02)
+        if result is not None:
+            break
+    assert result == work_through(num_units, 0, 1, 0.0)
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32), st.integers(1, 5), st.sets(st.integers(0, 95), max_size=5))
+def test_the_rows_that_a_unit_fails_by_are_found_and_all_others_are_cleared(num_units, seed, num_workers, poison):
+    chance = random.Random(seed)
+    schedule = Schedule(plan_units(8 * num_units, 8), 3, merge=True, isolate=True)
+    found: dict[int, str] = {}
+    running: list[Node | Part] = []
+    while not schedule.finished:
+        while len(running) < num_workers and (work := schedule.take()) is not None:
+            running.append(work[0])
+        work = running.pop(chance.randrange(len(running)))
+        unit = work.unit if isinstance(work, Part) else schedule.unit(work) if not work.level else None
+        excluded = dict(unit.excluded) if unit is not None else {}
+        bad = poison & set(range(unit.start, unit.stop)) - set(excluded) if unit is not None else set()
+        if bad:
+            chance.choice([schedule.failed, schedule.died])(work, f"row {min(bad)}")
+        elif chance.random() < 0.1:
+            schedule.returned(work)
+        else:
+            schedule.done(work, None)
+        for node, isolation in schedule.concluded():
+            assert not isolation.hopeless
+            found |= isolation.rows
+            schedule.resume(node, isolation.cleared())
+    assert set(found) == {row for row in poison if row < 8 * num_units}
+
+
+def test_a_unit_whose_every_row_fails_is_given_up_before_all_are_tried():
+    schedule, tried = Schedule([Unit(0, 0, 2048)], 1, merge=False, isolate=True), 0
+    while not (ended := schedule.concluded()):
+        work, _ = schedule.take()
+        schedule.failed(work, "no memory")
+        tried += 1
+    assert ended[0][1].hopeless
+    assert tried < 50
+
+
+def test_a_unit_that_fails_although_each_of_its_rows_does_not_is_an_error():
+    schedule = Schedule([Unit(0, 0, 4)], 2, merge=False, isolate=True)
+    for _ in range(2):
+        node, _ = schedule.take()
+        schedule.failed(node, "out of luck")
+    while not (ended := schedule.concluded()):
+        schedule.done(schedule.take()[0], None)
+    (node, isolation), rows = ended[0], ended[0][1].rows
+    assert rows == {}
+    schedule.resume(node, isolation.cleared())
+    schedule.failed(schedule.take()[0], "out of luck")
+    with pytest.raises(DataError, match="failed 2 times"):
+        schedule.failed(schedule.take()[0], "out of luck")
+
+
+def test_work_that_is_done_twice_counts_once():
+    schedule = Schedule(plan_units(2, 1), 3, merge=True)
+    first, second = schedule.take()[0], schedule.take()[0]
+    assert schedule.copy(first) == (first, 2)
+    assert schedule.done(first, "a")
+    assert not schedule.done(first, "a again")
+    assert schedule.take() is None
+    schedule.done(second, "b")
+    merge, _ = schedule.take()
+    assert schedule.inputs(merge) == ("a", "b")
 
 
 def pairwise_tree(words: list[str]) -> str:

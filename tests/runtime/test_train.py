@@ -102,7 +102,7 @@ def test_one_worker_and_two_fit_the_same_bits_and_leave_nothing_behind(folder, c
     assert len(leaf_units(run.config, run.facts)) == 3
     handler, environment = signal.getsignal(signal.SIGINT), dict(os.environ)
     for num_workers in (1, 2):
-        results.append(fit_logistic(Session(), run.config, run.facts, num_workers, notes.append))
+        results.append(fit_logistic(Session(), run.config, run.facts, num_workers, 0.0, notes.append))
         files.append(snapshot(str(folder / "run/linear/weights.zarr")))
         shutil.rmtree(folder / "run/linear/weights.zarr")
     assert results[0] == results[1]
@@ -125,7 +125,7 @@ def test_a_workers_own_error_comes_back_as_it_is_and_is_not_tried_again(folder):
     raw[5] ^= 1
     chunk.write_bytes(raw)
     with pytest.raises(StoreError, match="features/c/4/0/0"):
-        fit_logistic(Session(), run.config, run.facts, 2, notes.append)
+        fit_logistic(Session(), run.config, run.facts, 2, 0.0, notes.append)
     assert not notes
 
 
@@ -134,11 +134,11 @@ def test_a_workers_own_error_comes_back_as_it_is_and_is_not_tried_again(folder):
 def test_a_lost_worker_starts_the_fit_again_with_the_same_result(folder):
     run, notes = make_long_run(folder, runtime={"max_attempts": 2}), []
     with once_at_work(kill_one):
-        result = fit_logistic(Session(), run.config, run.facts, 2, notes.append)
+        result = fit_logistic(Session(), run.config, run.facts, 2, 0.0, notes.append)
     files = snapshot(str(folder / "linear/weights.zarr"))
     assert len(notes) == 1
     assert re.search(r"fit ended: Actor(Died|Unavailable)Error", notes[0])
-    assert result == fit_logistic(Session(), run.config, run.facts, 1, notes.append)
+    assert result == fit_logistic(Session(), run.config, run.facts, 1, 0.0, notes.append)
     assert files == snapshot(str(folder / "linear/weights.zarr"))
     assert len(notes) == 1
 
@@ -151,7 +151,7 @@ def test_workers_lost_too_often_stop_the_fit(folder):
         once_at_work(kill_one),
         pytest.raises(WorkersLostError, match=r"lost workers 1 times.*Actor(Died|Unavailable)Error"),
     ):
-        fit_logistic(Session(), run.config, run.facts, 2, notes.append)
+        fit_logistic(Session(), run.config, run.facts, 2, 0.0, notes.append)
     assert len(notes) == 1
 
 
@@ -161,7 +161,7 @@ def test_a_failure_that_is_not_ours_is_tried_again_and_then_a_data_error(folder)
     run, notes = make_large_run(folder, runtime={"max_attempts": 2}), []
     facts = replace(run.facts, num_rows={"shallow": None})
     with pytest.raises(DataError, match=r"failed 2 times \(runtime.max_attempts\); the last time: TypeError"):
-        fit_logistic(Session(), run.config, facts, 1, notes.append)
+        fit_logistic(Session(), run.config, facts, 1, 0.0, notes.append)
     assert len(notes) == 2
     assert notes[0].startswith("an attempt at the logistic fit ended: TypeError: ")
 
@@ -171,7 +171,7 @@ def test_a_failure_that_is_not_ours_is_tried_again_and_then_a_data_error(folder)
 def test_with_places_for_fewer_workers_the_fit_goes_on_with_those(folder, monkeypatch):
     monkeypatch.setattr(train, "START_TIMEOUT_S", 3.0)
     run, notes = make_large_run(folder), []
-    assert fit_logistic(Session(), run.config, run.facts, 5, notes.append)["num_rows"] == 10_000
+    assert fit_logistic(Session(), run.config, run.facts, 5, 0.0, notes.append)["num_rows"] == 10_000
     assert len(notes) == 1
     assert notes[0].endswith("tried with workers: 2")
 
@@ -181,7 +181,7 @@ def test_with_places_for_fewer_workers_the_fit_goes_on_with_those(folder, monkey
 def test_without_a_place_for_any_worker_the_fit_stops_after_wait_s(folder):
     run, notes = make_large_run(folder, runtime={"gpus_per_worker": 1, "wait_s": 2}), []
     with pytest.raises(WorkersLostError, match="each needs 1 GPU, the cluster has 2 CPU, 0 GPU"):
-        fit_logistic(Session(), run.config, run.facts, 1, notes.append)
+        fit_logistic(Session(), run.config, run.facts, 1, 1.0, notes.append)
     assert not notes
 
 
@@ -190,7 +190,7 @@ def test_without_a_place_for_any_worker_the_fit_stops_after_wait_s(folder):
 def test_an_interrupt_is_a_keyboard_interrupt_and_ends_the_workers(folder):
     run, handler = make_long_run(folder), signal.getsignal(signal.SIGINT)
     with once_at_work(lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
-        fit_logistic(Session(), run.config, run.facts, 2, lambda _: None)
+        fit_logistic(Session(), run.config, run.facts, 2, 0.0, lambda _: None)
     assert signal.getsignal(signal.SIGINT) is handler
     wait_for(lambda: not train_workers(), 60, "the workers' end")
 

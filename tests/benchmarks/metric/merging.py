@@ -16,7 +16,7 @@ import torch
 
 from fisher_ray.metric import basis_arrays, basis_attributes
 from fisher_ray.records import LayerSketch, Receipt, Unit
-from fisher_ray.runtime import Pool, Session
+from fisher_ray.runtime import Crew, Pool, Session
 from fisher_ray.stages import Workbench, inspect_request, tasks
 from fisher_ray.store import save_arrays
 from tests.stages.small_runs import small_config, write_pictures
@@ -66,7 +66,11 @@ def workers(side: int, metric: dict[str, Any]) -> Iterator[Pool]:
             logging_level="ERROR",
         )
         try:
-            with closing(Session()) as session, closing(Pool(session, config, inspect_request(config), print)) as pool:
+            with (
+                closing(Session()) as session,
+                closing(Crew(session, config, inspect_request(config), print, lambda name, value: value)) as crew,
+            ):
+                pool = Pool(crew, config, print, lambda: None)
                 reduce_units(pool, 8)  # every worker has had a unit
                 yield pool
         finally:
@@ -77,7 +81,7 @@ def reduce_units(pool: Pool, num_units: int) -> float:
     """Reduce so many units, and return the seconds that it took."""
     units = [Unit(number, number, number + 1) for number in range(num_units)]
     start = time.perf_counter()
-    pool.reduce(ready_made, units, lambda receipt: None, merge=tasks.merge_fisher)
+    pool.reduce("metric", ready_made, units, lambda receipt: None, merge=tasks.merge_fisher)
     return time.perf_counter() - start
 
 

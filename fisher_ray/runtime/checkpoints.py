@@ -1,0 +1,61 @@
+"""Merged sums of a pass that are kept on storage while it runs, so that a resumed pass does not start over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from fisher_ray.runtime.schedule import Node
+from fisher_ray.storage import Storage
+from fisher_ray.store import SEAL
+
+FOLDER = "sums"
+
+
+class Checkpoints:
+    """The kept sums of one pass, each a group of arrays named by its node of the merge tree.
+
+    Args:
+        storage: the run folder.
+        name: of the pass.
+        every_units: as many units' sum, and every larger one, is kept; rounded up to a power of two. None keeps none.
+    """
+
+    def __init__(self, storage: Storage, name: str, every_units: int | None) -> None:
+        """Touch nothing yet."""
+        self._storage, self._folder = storage, f"{FOLDER}/{name}"
+        self._level = None if every_units is None else (every_units - 1).bit_length()
+
+    def found(self) -> list[Node]:
+        """Return the nodes whose sums are there, without those that are part of another."""
+        if self._level is None:
+            return []
+        sealed = re.compile(rf"{re.escape(self._folder)}/(\d+)-(\d+)\.zarr/{re.escape(SEAL)}")
+        found = (sealed.fullmatch(name) for name in self._storage.list(self._folder))
+        nodes = [Node(int(match[1]), int(match[2])) for match in found if match is not None]
+        return [node for node in nodes if not any(other != node and _covers(other, node) for other in nodes)]
+
+    def place(self, node: Node) -> str | None:
+        """Return where a node's sum is to be kept; None if it is not."""
+        return None if self._level is None or node.level < self._level else self.url(node)
+
+    def url(self, node: Node) -> str:
+        """Return where a node's sum is kept."""
+        return f"{self._storage.url.rstrip('/')}/{self._name(node)}"
+
+    def remove(self, nodes: Iterable[Node]) -> None:
+        """Remove what is part of a larger sum by now."""
+        for node in nodes:
+            self._storage.remove(self._name(node))
+
+    def _name(self, node: Node) -> str:
+        return f"{self._folder}/{node.level}-{node.position}.zarr"
+
+
+def remove_checkpoints(storage: Storage) -> None:
+    """Remove every pass' kept sums."""
+    storage.remove(FOLDER)
+
+
+def _covers(above: Node, below: Node) -> bool:
+    return above.level > below.level and below.position >> (above.level - below.level) == above.position

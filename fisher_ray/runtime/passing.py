@@ -1,0 +1,56 @@
+"""One pass over units: what is to be done with each, and what came of it so far."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fisher_ray.errors import FisherRayError
+from fisher_ray.records import Receipt
+from fisher_ray.runtime.checkpoints import Checkpoints
+from fisher_ray.runtime.schedule import Schedule
+from fisher_ray.runtime.worker import Merge, Task
+
+STRAGGLER_S = 5.0
+"""A piece of work that takes less is never given to a second worker."""
+STRAGGLER_RATIO = 2.0
+"""How many times the median duration makes a straggler."""
+
+
+@dataclass
+class Pass:
+    """One pass over units.
+
+    Attributes:
+        stage: its name, for people.
+        schedule: what is left to do.
+        task: called as ``task(workbench, unit, attempt, **options)``.
+        options: plain values.
+        on_receipt: hears of every finished unit, once.
+        merge: called as ``merge(workbench, left, right)``; None adds arrays.
+        probe: as the task, for any rows, and without effect; None where rows cannot be looked at by themselves.
+        checkpoints: which sums are kept on storage; None for none.
+        durations_s: of the last pieces of work.
+        failure: what the pass ends with, once nothing is running.
+    """
+
+    stage: str
+    schedule: Schedule
+    task: Task
+    options: dict[str, Any]
+    on_receipt: Callable[[Receipt], None]
+    merge: Merge | None = None
+    probe: Task | None = None
+    checkpoints: Checkpoints | None = None
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    failure: FisherRayError | None = None
+
+    @property
+    def slow_s(self) -> float:
+        """After how many seconds a piece of work is given to a second worker too."""
+        if not self.durations_s:
+            return float("inf")
+        return max(STRAGGLER_S, STRAGGLER_RATIO * statistics.median(self.durations_s))
