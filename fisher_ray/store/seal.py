@@ -27,6 +27,8 @@ def finished_units(url: str) -> set[int]:
 def seal(url: str, num_units: int) -> None:
     """Write ``seal.json`` with the totals, after every manifest and the presence of every chunk are checked.
 
+    What killed writers left is cleared away; one that is late finds its beginning gone, and begins again.
+
     Raises:
         StoreError: naming what is missing, or if the store has another number of units.
         StorageError: if it cannot be written.
@@ -42,6 +44,7 @@ def seal(url: str, num_units: int) -> None:
         raise StoreError(f"{url}: units {_some(absent)} are not finished. Write them, then seal.")
     for unit, content in manifests.items():
         _check_manifest(url, own, unit, content, sizes)
+    storage.remove_partials()
     names = [ROOT, *(f"{name}/{ROOT}" for name in read_layouts(own))]
     totals: dict[str, Any] = {
         "schema": SCHEMA,
