@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from fisher_ray.config import Config
     from fisher_ray.errors import (
+        ClaimedError,
         ConfigError,
         DataError,
         FisherRayError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClaimedError",
     "Config",
     "ConfigError",
     "DataError",

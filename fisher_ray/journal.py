@@ -106,6 +106,16 @@ class Journal:
             self._save()
         return decisions[name]
 
+    def exclude(self, split: str, rows: Mapping[int, str]) -> None:
+        """Keep rows of a split that killed or failed whoever worked on them, with the reasons."""
+        excluded = self._document.setdefault("excluded", {}).setdefault(split, {})
+        excluded |= {str(row): reason for row, reason in rows.items()}
+        self._save()
+
+    def excluded(self, split: str) -> dict[int, str]:
+        """Return what was given to :meth:`exclude`, over all starts of the run."""
+        return {int(row): reason for row, reason in self._document.get("excluded", {}).get(split, {}).items()}
+
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Run a stage: what the caller puts into the yielded mapping is its result; an exception leaves it unsealed.

@@ -18,7 +18,8 @@ from fisher_ray.classifier import FisherClassifier
 from fisher_ray.config import Config, LinearConfig
 from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.journal import Journal, refuse_foreign
-from fisher_ray.records import Progress, Receipt, SilentProgress, Unit
+from fisher_ray.progress import new_console, show_progress
+from fisher_ray.records import Progress, Receipt, Unit
 from fisher_ray.runtime import Checkpoints, Claim, Crew, Pool, Session, remove_checkpoints
 from fisher_ray.stages import Facts, compression, inspect_request, planning, shallow, tasks, training
 from fisher_ray.stages.passes import feature_spec
@@ -51,7 +52,7 @@ def run(
         address: of a Ray cluster; by default ``RAY_ADDRESS``, else Ray is started inside this process.
         fresh: start anew in the same folder instead of resuming.
         until: the last stage to run; None for all.
-        progress: hears how it goes.
+        progress: hears how it goes; by default it is drawn in the terminal or notebook, or as lines on stderr.
 
     Returns:
         The content of ``report/results.json``, or with ``until`` an earlier stage what is known of each stage so far.
@@ -61,9 +62,12 @@ def run(
         DataError: if a row or a store is wrong.
         StoppedError: if the run ended early; run again to resume.
     """
+    if progress is None:
+        with show_progress(new_console()) as shown:
+            return run(config, address, fresh=fresh, until=until, progress=shown)
     config = config.located()
     _refuse_leak(config, until)
-    session, progress, storage = Session(address), progress or SilentProgress(), Storage(config.output)
+    session, storage = Session(address), Storage(config.output)
     facts = inspect_request(config)
     refuse_foreign(storage)
     with Claim(config.output, progress.note) as claim:
@@ -155,22 +159,25 @@ class _Run:
         plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
 
         def choose_basis() -> dict[str, Any]:
-            task = tasks.sum_kronecker
-            sums = [self._reduce("basis", task, units, probe=task)] if plans.with_moments else []
+            sums = [self._sum_rows("basis", tasks.sum_kronecker, units)] if plans.with_moments else []
             return self._solo("basis", tasks.choose_basis, *sums)
 
         def fit_metric() -> dict[str, Any]:
-            task = tasks.sum_fisher
-            sums = self._reduce("metric", task, units, probe=task, merge=tasks.merge_fisher)
+            sums = self._sum_rows("metric", tasks.sum_fisher, units, merge=tasks.merge_fisher)
             return self._solo("metric", tasks.fit_metric, sums, fingerprints=self._fingerprints())
 
         self._stage("basis", len(units) if plans.with_moments else None, choose_basis)
         self._stage("metric", len(units), fit_metric)
 
+    def _sum_rows(self, stage: str, task: Callable[..., Any], units: list[Unit], **options: Any) -> Any:
+        """Sum over rows of the shallow split, of which those that fail by themselves may be left out."""
+        left, exclude = self._without_excluded("shallow", units), partial(self._journal.exclude, "shallow")
+        return self._reduce(stage, task, left, probe=task, on_excluded=exclude, **options)
+
     def features(self) -> None:
         """Write the features of the shallow split and of the test split."""
         for name, split in FEATURE_STORES.items():
-            units = planning.split_units(self._config, self._facts, split)
+            units = self._without_excluded(split, planning.split_units(self._config, self._facts, split))
             self._stage(f"features/{name}", len(units), partial(self._write_features, name, split, units))
 
     def _write_features(self, name: str, split: str, units: list[Unit]) -> dict[str, Any]:
@@ -192,8 +199,8 @@ class _Run:
         if finished:
             self._note(f"{stage}: {len(finished)} of {len(units)} units are there already")
         todo = [unit for unit in units if unit.index not in finished]
-        heard, probe = partial(self._received, stage), tasks.try_features
-        self._pool.map(stage, tasks.write_features, todo, heard, probe=probe, split=split, name=name)
+        heard = {"on_receipt": partial(self._received, stage), "on_excluded": partial(self._journal.exclude, split)}
+        self._pool.map(stage, tasks.write_features, todo, probe=tasks.try_features, split=split, name=name, **heard)
         seal(url, len(units))
         return {"num_rows": self._facts.num_rows[split], "num_units": len(units)}
 
@@ -292,6 +299,12 @@ class _Run:
             self._progress.advanced(stage, item["done"], item["total"], item["text"])
 
         return dict(self._pool.solo(task, *inputs, threads=threads, on_item=on_item, **options) or {})
+
+    def _without_excluded(self, split: str, units: list[Unit]) -> list[Unit]:
+        """Return units without the rows that are known to kill or fail whoever works on them."""
+        rows = sorted(self._journal.excluded(split).items())
+        inside = [tuple(item for item in rows if unit.start <= item[0] < unit.stop) for unit in units]
+        return [replace(unit, excluded=excluded) for unit, excluded in zip(units, inside, strict=True)]
 
     def _received(self, stage: str, receipt: Receipt) -> None:
         self._progress.unit_done(stage, receipt)

@@ -14,8 +14,8 @@ from rich.console import Console
 from fisher_ray import __version__
 from fisher_ray.cli import job, main
 from fisher_ray.cli.exits import error_exits
-from fisher_ray.cli.progress import show_progress
 from fisher_ray.errors import ConfigError, DataError, FisherRayError, StoppedError
+from fisher_ray.progress import show_progress
 from fisher_ray.records import Receipt, Unit
 
 ROOT = Path(__file__).parents[1]

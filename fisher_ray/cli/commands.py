@@ -194,9 +194,10 @@ def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: 
     from rich.console import Console
 
     from fisher_ray import pipeline, report
-    from fisher_ray.cli.progress import configure_logging, show_progress
+    from fisher_ray.progress import configure_logging, new_console, show_progress
+    from fisher_ray.records import SilentProgress
 
-    console = Console(stderr=True)
+    console = new_console()
     configure_logging(console, debug)
     if _JOB_FOLDER in os.getcwd() and not config.output.startswith("/") and "://" not in config.output:
         console.print(
@@ -204,7 +205,7 @@ def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: 
             "some time after the job. To keep the run folder, give --output an absolute path or an s3:// URL.",
             soft_wrap=True,
         )
-    with nullcontext() if quiet else show_progress(console) as progress:
+    with nullcontext(SilentProgress()) if quiet else show_progress(console) as progress:
         results = pipeline.run(config, address=address, fresh=fresh, until=until, progress=progress)
     if until in (None, "report"):
         Console().print(report.render_table(results))

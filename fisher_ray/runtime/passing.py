@@ -33,6 +33,7 @@ class Pass:
         merge: called as ``merge(workbench, left, right)``; None adds arrays.
         probe: as the task, for any rows, and without effect; None where rows cannot be looked at by themselves.
         checkpoints: which sums are kept on storage; None for none.
+        on_excluded: hears of rows that fail by themselves, without which the pass goes on.
         durations_s: of the last pieces of work.
         failure: what the pass ends with, once nothing is running.
     """
@@ -45,6 +46,7 @@ class Pass:
     merge: Merge | None = None
     probe: Task | None = None
     checkpoints: Checkpoints | None = None
+    on_excluded: Callable[[dict[int, str]], None] = lambda rows: None
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     failure: FisherRayError | None = None
 

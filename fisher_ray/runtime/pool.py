@@ -52,6 +52,7 @@ class Pool:
         on_receipt: Callable[[Receipt], None],
         *,
         probe: Task | None = None,
+        on_excluded: Callable[[dict[int, str]], None] = lambda rows: None,
         **options: Any,
     ) -> None:
         """Run ``task(workbench, unit, attempt, **options)`` for every unit; receipts come back, never arrays.
@@ -62,6 +63,7 @@ class Pool:
             units: in order.
             on_receipt: hears of every unit, once.
             probe: as the task, for any rows, and without effect: finds the rows that a unit fails by.
+            on_excluded: hears of such rows, where the pass goes on without them.
             options: plain values.
 
         Raises:
@@ -70,7 +72,7 @@ class Pool:
             WorkersLostError: if there was no worker for ``runtime.wait_s``.
         """
         schedule = Schedule(units, self._max_attempts, merge=False, isolate=probe is not None)
-        self._drive(Pass(stage, schedule, task, options, on_receipt, probe=probe))
+        self._drive(Pass(stage, schedule, task, options, on_receipt, probe=probe, on_excluded=on_excluded))
 
     def reduce(
         self,
@@ -82,6 +84,7 @@ class Pool:
         merge: Merge | None = None,
         probe: Task | None = None,
         checkpoints: Checkpoints | None = None,
+        on_excluded: Callable[[dict[int, str]], None] = lambda rows: None,
         **options: Any,
     ) -> Ref:
         """Run the task for every unit, and merge its arrays along a fixed tree, on the workers.
@@ -94,6 +97,7 @@ class Pool:
             merge: called as ``merge(workbench, left, right)``; by default, arrays are added.
             probe: as in :meth:`map`.
             checkpoints: sums that are kept on storage, and taken from there.
+            on_excluded: as in :meth:`map`.
             options: plain values.
 
         Returns:
@@ -104,7 +108,7 @@ class Pool:
         schedule = Schedule(units, self._max_attempts, merge=True, kept=kept, isolate=isolate)
         if num_kept := len(units) - schedule.num_units:
             self._note(f"{stage}: the sums of {num_kept} of {len(units)} units are there already")
-        self._drive(Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints))
+        self._drive(Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints, on_excluded))
         return schedule.result
 
     def solo(
@@ -310,6 +314,7 @@ class Pool:
         else:
             if rows:
                 self._note(f"{given.stage}: {name} goes on without the rows that fail by themselves: {[*rows]}")
+                given.on_excluded(rows)
             given.schedule.resume(node, isolation.cleared())
 
     def _has_work(self, given: Pass) -> bool:

@@ -1,13 +1,15 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import fisher_ray
 from fisher_ray import pipeline
-from fisher_ray.errors import ConfigError, DataError, ModelError, ResumeMismatchError
+from fisher_ray.errors import ClaimedError, ConfigError, DataError, ModelError, ResumeMismatchError
+from fisher_ray.runtime import Claim
 from tests.integration.runs import Listening, bits, digits, worker_pid
 
 STAGES = ["base", "basis", "metric", "features/train", "features/test", "linear", "linear_probe", "trained_on"]
@@ -146,6 +148,62 @@ def test_another_network_transform_or_base_is_refused(ray_session, tmp_path, mon
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
     with pytest.raises(ModelError, match="is not, or no more, the network that this run was begun with"):
         pipeline.run(config, until="metric")
+
+
+def test_a_second_driver_is_refused_while_the_first_is_at_work(ray_session, tmp_path):
+    refusals: list[str] = []
+
+    def meet(name, receipt):
+        if not refusals:
+            with pytest.raises(ClaimedError) as refused:
+                pipeline.run(digits(tmp_path / "run"), progress=Listening())
+            refusals.append(str(refused.value))
+
+    pipeline.run(digits(tmp_path / "run"), until="metric", progress=Listening(meet))
+    assert f"process {os.getpid()} on" in refusals[0]
+    assert "last heard at 20" in refusals[0]
+    assert not (tmp_path / "run" / "claim.json").exists()
+
+
+def test_a_driver_whose_claim_is_taken_over_stops_and_the_run_resumes(undisturbed, tmp_path, monkeypatch):
+    claim = tmp_path / "run" / "claim.json"
+
+    def take_over(name, receipt):
+        content = json.loads(claim.read_text())
+        if name == "features/train" and content["token"] != "another":
+            claim.write_text(json.dumps({**content, "token": "another", "host": "far away", "machine": "another"}))
+
+    monkeypatch.setattr(pipeline, "Claim", partial(Claim, beat_s=0.05))
+    with pytest.raises(ClaimedError, match=r"on far away .* has taken it over"):
+        pipeline.run(digits(tmp_path / "run"), progress=Listening(take_over))
+    claim.unlink()
+    pipeline.run(digits(tmp_path / "run"), until="linear", progress=Listening())
+    resumed, whole = bits(tmp_path / "run"), bits(undisturbed[0])
+    assert resumed == {name: whole[name] for name in resumed}
+
+
+def test_a_row_that_kills_its_worker_is_left_out_and_listed(ray_session, tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(
+        "import os\n"
+        "import torch\n"
+        "from fisher_ray.models import digits_transform\n"
+        "from fisher_ray.data.digits import digits\n"
+        "WORST = torch.as_tensor(digits_transform(digits('shallow')[300][0], None))\n"
+        "def transform(image, generator):\n"
+        "    found = digits_transform(image, generator)\n"
+        "    if generator is None and torch.equal(found, WORST):\n"
+        "        os._exit(1)\n"
+        "    return found\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = ("data.transform=deadly:transform", "data.on_error=skip", "runtime.max_attempts=1", "store.chunk_rows=32")
+    heard = Listening()
+    pipeline.run(digits(tmp_path / "run", *asked, "runtime.unit_rows=32"), until="features", progress=heard)
+    assert len([note for note in heard.notes if "goes on without the rows" in note]) == 1  # later passes know of it
+    skipped = fisher_ray.open_features(str(tmp_path / "run/features/train.zarr")).skipped
+    assert list(skipped) == [300]
+    assert "its worker died" in skipped[300]
 
 
 def test_a_foreign_folder_is_refused_even_with_fresh(tmp_path):

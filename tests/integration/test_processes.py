@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from fisher_ray import pipeline
 from tests.integration.processes import alive, descendants, free_ports, started, wait_for
@@ -24,6 +28,18 @@ OVERRIDES = [word for override in QUICK for word in ("--set", override)]
 RAY = str(Path(sys.executable).parent / "ray")
 DEMO = [sys.executable, "-m", "fisher_ray", "demo"]
 LONG = ["--set", "base.steps=1000000"]
+
+
+SLOW = """
+import time
+from fisher_ray.models import digits_transform
+
+def transform(image, generator):
+    time.sleep(0.004 if generator is None else 0)
+    return digits_transform(image, generator)
+"""
+METRICS: dict[str, str] = {}
+"""Where the metrics of a Ray head are, by its address."""
 
 
 def has_line(path: Path, text: str) -> bool:
@@ -50,13 +66,7 @@ def test_an_interrupted_command_ends_its_workers_and_exits_with_4(number, tmp_pa
 def test_a_killed_driver_resumes_to_the_same_bytes(undisturbed, tmp_path):
     output = tmp_path / "run"
     # A transform that takes its time in the test split, so that the kill falls in the middle of the feature pass.
-    (tmp_path / "slow.py").write_text(
-        "import time\n"
-        "from fisher_ray.models import digits_transform\n"
-        "def transform(image, generator):\n"
-        "    time.sleep(0.004 if generator is None else 0)\n"
-        "    return digits_transform(image, generator)\n"
-    )
+    (tmp_path / "slow.py").write_text(SLOW)
     command = [*DEMO, "--output", str(output), *OVERRIDES]
     command += ["--set", "data.transform=slow:transform"]
     manifests = output / "features" / "train.zarr" / "manifest"
@@ -90,7 +100,9 @@ def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command.append("--node-ip-address=127.0.0.1")
     with log.open("wb") as stream, started(*command, stdout=stream, stderr=stream, env=environment):
         wait_for(lambda: has_line(log, "--block"), 120, "Ray's start")
-        yield f"http://127.0.0.1:{ports['dashboard-port']}"
+        address = f"http://127.0.0.1:{ports['dashboard-port']}"
+        METRICS[address] = f"http://127.0.0.1:{ports['metrics-export-port']}/metrics"
+        yield address
 
 
 def submit(address: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -134,6 +146,49 @@ def test_a_job_with_a_wrong_key_fails_and_its_log_ends_with_the_error(jobs_addre
     assert done.returncode != 0
     assert "failed" in (done.stdout + done.stderr).lower()
     assert "error: unknown key 'metric.rnk'; did you mean 'rank'?" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_job_ends_within_seconds_and_the_same_job_resumes(jobs_address, folder, tmp_path):
+    client = JobSubmissionClient(jobs_address)
+    (folder / "slow.py").write_text(SLOW)
+    arguments = ["--config", "jobs/configs/digits.yaml", "--output", str(tmp_path / "run"), *OVERRIDES]
+    arguments += ["--set", "data.transform=slow:transform"]
+    command = f"python jobs/run.py {' '.join(arguments)}"
+    job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
+    manifests = tmp_path / "run" / "features" / "train.zarr" / "manifest"
+    wait_for(lambda: manifests.exists() and any(manifests.glob("unit-*.json")), 120, "a finished unit")
+    start = time.monotonic()
+    client.stop_job(job)
+    wait_for(lambda: client.get_job_status(job).is_terminal(), 30, "the job's end")
+    assert client.get_job_status(job) == JobStatus.STOPPED
+    wait_for(lambda: not (tmp_path / "run" / "claim.json").exists(), 10, "the claim's end")
+    assert time.monotonic() - start < 10
+    assert "error: interrupted before the end. Run the same command again to resume." in client.get_job_logs(job)
+
+    done = submit(jobs_address, folder, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "base: done before" in done.stdout
+    assert "units are there already" in done.stdout
+
+
+@pytest.mark.slow
+def test_prometheus_gets_what_the_workers_have_done(jobs_address, folder, tmp_path):
+    (folder / "slow.py").write_text(SLOW)
+    arguments = ["--config", "jobs/configs/digits.yaml", "--output", str(tmp_path / "run"), *OVERRIDES]
+    arguments += ["--set", "data.transform=slow:transform"]
+    client = JobSubmissionClient(jobs_address)
+    command = f"python jobs/run.py {' '.join(arguments)}"
+    job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
+    wanted = {"samples_total", "units_total", "written_bytes_total", "seconds_total", "waiting_units", "workers"}
+    wait_for(lambda: wanted <= metrics(jobs_address), 180, "the metrics")
+    client.stop_job(job)
+
+
+def metrics(address: str) -> set[str]:
+    """The names of this program's metrics at the endpoint of the only machine."""
+    with urllib.request.urlopen(METRICS[address], timeout=10) as answer:
+        return set(re.findall(r"^ray_fisher_ray_(\w+?)\{", answer.read().decode(), re.MULTILINE))
 
 
 @pytest.mark.slow

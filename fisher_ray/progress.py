@@ -1,4 +1,4 @@
-"""Progress on stderr: a live view in a terminal, plain lines elsewhere (a job's log, a file)."""
+"""Progress: a live view in a terminal or a notebook, plain lines on stderr elsewhere (a job's log, a file)."""
 
 from __future__ import annotations
 
@@ -117,10 +117,16 @@ def configure_logging(console: Console, debug: bool) -> None:
         logging.getLogger("fisher_ray").setLevel(logging.DEBUG)
 
 
+def new_console() -> Console:
+    """Return where progress is drawn: a notebook's cell, or stderr."""
+    console = Console()
+    return console if console.is_jupyter else Console(stderr=True)
+
+
 @contextmanager
 def show_progress(console: Console) -> Iterator[Progress]:
     """Draw on ``console`` what the yielded progress hears."""
-    if not console.is_terminal:
+    if not (console.is_terminal or console.is_jupyter):
         yield LineProgress(console)
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
