@@ -34,10 +34,9 @@ def _lack_gpu() -> str | None:
 
 
 def _lack_cluster() -> str | None:
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    tools = [tool for tool in ("ip", "unshare", "sshd", "rsync") if shutil.which(tool, path=_PATH) is None]
-    return f"not installed: {', '.join(tools)}" if tools else None
+    from tests.cluster.hosts import lack
+
+    return lack()
 
 
 def _lack_s3() -> str | None:
@@ -51,7 +50,6 @@ def _lack_browser() -> str | None:
     return None if found else "no browser: install chromium or firefox"
 
 
-_PATH = os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin"
 _LACKS = {"gpu": _lack_gpu, "cluster": _lack_cluster, "s3": _lack_s3, "browser": _lack_browser}
 _REQUIRED = {name for name in os.environ.get("FISHER_RAY_REQUIRE", "").split(",") if name}
 
