@@ -16,17 +16,20 @@ from tests.integration.processes import wait_for
 from tests.integration.runs import bits
 
 CIFAR10 = (
-    "data.train.rows=[0, 5000]",
-    "data.shallow.rows=[25000, 27000]",
-    "data.test.rows=[0, 2000]",
+    "data.train.rows=[0,5000]",
+    "data.shallow.rows=[25000,27000]",
+    "data.test.rows=[0,2000]",
     "base.steps=200",
     "compression.dim=512",
-    "metric={rank: 128, fraction: 1.0}",
+    "metric.rank=128",
+    "metric.fraction=1.0",
     "store.chunk_rows=128",
     "runtime.unit_rows=128",
     "runtime.num_workers=2",
     "trained_on=null",
+    "linear.views=1",
 )
+"""Without blanks or quotes, which ``ray submit`` does not keep from the shell."""
 RUN_S = 240.0
 
 
