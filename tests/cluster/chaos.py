@@ -47,6 +47,7 @@ OVERRIDES = (
 )
 """Many small units, slow to read, whose sums are too large to travel inside a reply."""
 DEADLINE_S = 300.0
+FAULTS_A_RUN = 12
 FAULTS = ("worker killed", "node lost", "driver killed", "sums lost", "worker stopped")
 
 
@@ -62,17 +63,25 @@ class Tally:
 class Bench:
     """A Ray cluster of a head and two machines of one core, in one process tree."""
 
-    def __init__(self, folder: Path, stop_s: float) -> None:
+    def __init__(self, folder: Path) -> None:
         """Start it."""
-        self.folder, self.stop_s = folder, stop_s
+        self.folder = folder
         (folder / "slow.py").write_text(SLOW)
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
 
-    def start(self, output: Path) -> subprocess.Popen[bytes]:
+    def start(self, output: Path, *overrides: str) -> subprocess.Popen[bytes]:
         """Start, or start again, a run."""
         log = output.with_suffix(".log").open("ab")
-        command = [sys.executable, "-m", "tests.cluster.driver", str(output), self.cluster.address, *OVERRIDES]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.cluster.driver",
+            str(output),
+            self.cluster.address,
+            *OVERRIDES,
+            *overrides,
+        ]
         root = str(Path(__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(self.folder), root])}
         return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
@@ -81,7 +90,9 @@ class Bench:
         """The processes of the run's workers."""
         return [pid for pid in descendants(os.getpid()) if _title(pid).startswith("ray::Worker")]
 
-    def strike(self, fault: str, driver: subprocess.Popen[bytes], output: Path, chance: random.Random) -> bool:
+    def strike(
+        self, fault: str, driver: subprocess.Popen[bytes], output: Path, chance: random.Random, stop_s: float
+    ) -> bool:
         """Let a fault happen; returns whether there was anything for it to happen to."""
         if fault == "driver killed":
             driver.kill()
@@ -89,7 +100,8 @@ class Bench:
         elif fault == "sums lost":
             return self._lose_sums(output)
         elif fault == "node lost":
-            self._replace(chance.choice(self.nodes))
+            self.lose(chance.choice(self.nodes))
+            self.add()
         else:
             if not (workers := self.workers()):
                 return False
@@ -98,7 +110,7 @@ class Bench:
                 os.kill(pid, signal.SIGKILL)
             else:
                 os.kill(pid, signal.SIGSTOP)
-                end = time.monotonic() + self.stop_s
+                end = time.monotonic() + stop_s
                 while time.monotonic() < end and driver.poll() is None:
                     time.sleep(0.1)
                 if alive(pid):
@@ -113,13 +125,17 @@ class Bench:
             return False
         holding = [node for node in self.nodes if node.node_id == found]
         if holding:
-            self._replace(holding[0])
+            self.lose(holding[0])
+            self.add()
         return bool(holding)
 
-    def _replace(self, node: Any) -> None:
-        """Lose a machine at once, and have another."""
+    def lose(self, node: Any) -> None:
+        """Lose a machine at once."""
         self.nodes.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def add(self) -> None:
+        """Have another machine."""
         self.nodes.append(self.cluster.add_node(num_cpus=1))
 
 
@@ -131,10 +147,10 @@ def _title(pid: int) -> str:
 
 
 @contextmanager
-def bench(folder: Path, stop_s: float) -> Iterator[Bench]:
+def bench(folder: Path) -> Iterator[Bench]:
     """A bench that is shut down at the end."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    found = Bench(folder, stop_s)
+    found = Bench(folder)
     try:
         yield found
     finally:
@@ -142,9 +158,15 @@ def bench(folder: Path, stop_s: float) -> Iterator[Bench]:
 
 
 def run_through(
-    at: Bench, output: Path, faults: list[str], chance: random.Random, tally: Tally, say: Callable[[str], None]
+    at: Bench,
+    output: Path,
+    faults: list[str],
+    chance: random.Random,
+    tally: Tally,
+    stop_s: float,
+    say: Callable[[str], None],
 ) -> None:
-    """Run to the end, with these faults on the way, one every few seconds."""
+    """Run to the end, with these faults on the way, one every few seconds; those left over stay in the list."""
     start = time.monotonic()
     driver = at.start(output)
     due = time.monotonic() + chance.uniform(5, 12)
@@ -157,7 +179,7 @@ def run_through(
             time.sleep(0.05)
             if faults and time.monotonic() > due:
                 fault = faults.pop(0)
-                if not at.strike(fault, driver, output, chance):
+                if not at.strike(fault, driver, output, chance, stop_s):
                     faults.append(fault)  # it has nothing to happen to just now
                 else:
                     tally.faults[fault] += 1
@@ -182,30 +204,32 @@ def _kind(note: str) -> str:
     return next((words for words in known if words in note), "other")
 
 
-def survive(folder: Path, num_faults: int, seed: int, stop_s: float, say: Callable[[str], None]) -> Tally:
-    """Run again and again until so many faults have happened; every run ends with an undisturbed one's bytes."""
-    chance, tally, undisturbed = random.Random(seed), Tally(), Tally()
+def survive(at: Bench, whole: Path, num_faults: int, seed: int, stop_s: float, say: Callable[[str], None]) -> Tally:
+    """Run again and again until so many faults have happened; every run ends with the bytes of ``whole``."""
+    chance, tally = random.Random(seed), Tally()
     left = [FAULTS[number % len(FAULTS)] for number in range(num_faults)]
     chance.shuffle(left)
-    with bench(folder, stop_s) as at:
-        run_through(at, folder / "undisturbed", [], chance, undisturbed, say)
-        say(f"undisturbed: {undisturbed.seconds[0]:.1f} s")
-        whole = bits(folder / "undisturbed")
-        assert {name.partition("/")[0] for name in whole} >= {"metric.zarr", "features", "linear"}
-        number = 0
-        while left:
-            number += 1
-            output = folder / f"run-{number}"
-            run_through(at, output, left, chance, tally, say)
-            found = bits(output)
-            assert found == whole, f"{output} differs: {[name for name in whole if found.get(name) != whole[name]]}"
-            say(f"run {number}: {tally.seconds[-1]:.1f} s, the same bytes")
-            wait_for(lambda: not at.workers(), 60, "the workers' end")
-    say(f"{sum(tally.faults.values())} faults in {number} runs: {dict(tally.faults)}")
-    say(f"notes: {dict(tally.notes)}")
-    lost = sum(tally.seconds) - number * undisturbed.seconds[0]
-    say(f"{lost:.0f} s more than {number} undisturbed runs of {undisturbed.seconds[0]:.1f} s")
+    wanted, number = bits(whole), 0
+    assert {name.partition("/")[0] for name in wanted} >= {"metric.zarr", "features", "linear"}
+    while left:
+        number += 1
+        output, faults = at.folder / f"run-{number}", left[:FAULTS_A_RUN]
+        run_through(at, output, faults, chance, tally, stop_s, say)
+        left = faults + left[FAULTS_A_RUN:]
+        found = bits(output)
+        assert found == wanted, f"{output} differs: {[name for name in wanted if found.get(name) != wanted[name]]}"
+        say(f"run {number}: {tally.seconds[-1]:.1f} s, the same bytes")
+        wait_for(lambda: not at.workers(), 60, "the workers' end")
+    say(f"{sum(tally.faults.values())} faults in {number} runs: {dict(tally.faults)}; notes: {dict(tally.notes)}")
     return tally
+
+
+def undisturbed(at: Bench, say: Callable[[str], None]) -> Path:
+    """Run without a fault; returns the run folder."""
+    output, tally = at.folder / "undisturbed", Tally()
+    run_through(at, output, [], random.Random(0), tally, 0.0, say)
+    say(f"undisturbed: {tally.seconds[0]:.1f} s")
+    return output
 
 
 def main() -> None:
@@ -215,8 +239,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of their kinds and times (0)")
     parser.add_argument("--stop", type=float, default=20.0, help="seconds that a stopped worker stays so (20)")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        survive(Path(folder), given.faults, given.seed, given.stop, lambda text: print(text, flush=True))
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, bench(Path(folder)) as at:
+        start = time.monotonic()
+        whole = undisturbed(at, say)
+        alone_s = time.monotonic() - start
+        tally = survive(at, whole, given.faults, given.seed, given.stop, say)
+        say(f"{sum(tally.seconds) - len(tally.seconds) * alone_s:.0f} s more than as many undisturbed runs")
 
 
 if __name__ == "__main__":
