@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -26,6 +27,22 @@ POLL_S = 1.0
 """How often the loop looks around when nothing comes back."""
 LEFTOVER_S = 60.0
 """How long a worker may go on with work that another has finished before it is given up."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over units, which lies in the object store of some machine.
+
+    Attributes:
+        given: the pass that made it, and can make it again.
+    """
+
+    given: Pass
+
+    @property
+    def ref(self) -> Ref:
+        """A reference to the arrays."""
+        return self.given.schedule.result
 
 
 class Pool:
@@ -86,7 +103,7 @@ class Pool:
         checkpoints: Checkpoints | None = None,
         on_excluded: Callable[[dict[int, str]], None] = lambda rows: None,
         **options: Any,
-    ) -> Ref:
+    ) -> Sum:
         """Run the task for every unit, and merge its arrays along a fixed tree, on the workers.
 
         Args:
@@ -101,20 +118,21 @@ class Pool:
             options: plain values.
 
         Returns:
-            A reference to the sum, for :meth:`solo`. Raises as :meth:`map`.
+            The sum, for :meth:`solo`. Raises as :meth:`map`.
         """
         kept = checkpoints.found() if checkpoints is not None else []
         isolate = probe is not None
         schedule = Schedule(units, self._max_attempts, merge=True, kept=kept, isolate=isolate)
         if num_kept := len(units) - schedule.num_units:
             self._note(f"{stage}: the sums of {num_kept} of {len(units)} units are there already")
-        self._drive(Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints, on_excluded))
-        return schedule.result
+        given = Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints, on_excluded)
+        self._drive(given)
+        return Sum(given)
 
     def solo(
         self,
         task: Callable[..., Any],
-        *inputs: Ref,
+        *inputs: Sum,
         threads: int,
         on_item: Callable[[Any], None] | None = None,
         **options: Any,
@@ -123,7 +141,7 @@ class Pool:
 
         Args:
             task: returns one value, or yields several.
-            inputs: references that :meth:`reduce` returned.
+            inputs: what :meth:`reduce` returned; computed again if the machine that holds it is lost.
             threads: for its arithmetic.
             on_item: hears every item but the last; from the first again when the worker was lost.
             options: plain values.
@@ -135,15 +153,22 @@ class Pool:
         for attempt in range(1, self._max_attempts + 1):
             member = self._crew.any_idle()
             try:
-                return self._stream(member, task, inputs, threads, on_item, options)
-            except ray.exceptions.ObjectLostError as error:
-                raise WorkersLostError(f"{task.__name__}: a sum was lost with its machine. Run again.") from error
+                return self._stream(member, task, [item.ref for item in inputs], threads, on_item, options)
+            except ray.exceptions.ObjectLostError:
+                for item in inputs:
+                    self._restore(item.given)
+                failure = WorkersLostError(f"{task.__name__} lost its sums {attempt} times. Run again to resume.")
             except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:  # died, killed for memory, its node gone
                 self._crew.bury(member, error)
                 failure = WorkersLostError(f"{task.__name__} lost its worker {attempt} times. {reason(error)}")
         raise failure
+
+    def _restore(self, given: Pass) -> None:
+        units = given.schedule.lost_result()
+        self._note(f"{given.stage}: the whole sum was lost with its machine; {len(units)} units are computed again")
+        self._drive(given)
 
     def wait_until_ready(self) -> None:
         """Return when a worker is there.

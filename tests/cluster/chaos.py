@@ -72,7 +72,6 @@ class Bench:
 
     def start(self, output: Path, *overrides: str) -> subprocess.Popen[bytes]:
         """Start, or start again, a run."""
-        log = output.with_suffix(".log").open("ab")
         command = [
             sys.executable,
             "-m",
@@ -84,7 +83,8 @@ class Bench:
         ]
         root = str(Path(__file__).parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(self.folder), root])}
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+        with output.with_suffix(".log").open("ab") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
 
     def workers(self) -> list[int]:
         """The processes of the run's workers."""

@@ -82,7 +82,7 @@ def test_every_unit_is_heard_of_once_and_sums_are_whole(tmp_path):
     with workers(tmp_path / "run") as given:
         units = plan_units(50, 7)
         given.map("features", rows, units, lambda receipt: heard.append(receipt.unit.index), folder=str(tmp_path))
-        total = ray.get(given.reduce("metric", rows, units, lambda _: None, folder=str(tmp_path)))
+        total = ray.get(given.reduce("metric", rows, units, lambda _: None, folder=str(tmp_path)).ref)
     assert sorted(heard) == list(range(8))
     assert total["sum"] == sum(range(50))
 
@@ -124,7 +124,7 @@ def test_a_poisonous_row_is_found_and_left_out(task, why, tmp_path):
             given.reduce(
                 "metric", task, units, lambda receipt: skipped.update(receipt.skipped), probe=task,
                 folder=str(tmp_path), poison=[37],
-            )
+            ).ref
         )  # fmt: skip
     assert total["sum"] == sum(range(64)) - 37
     assert list(skipped) == [37]
@@ -202,7 +202,7 @@ def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, tm
             chunk.write_bytes(chunk.read_bytes()[:-1])
     with workers(tmp_path / "run", notes=notes) as given:
         total = ray.get(
-            given.reduce("metric", rows, units, lambda _: None, checkpoints=checkpoints, folder=str(second))
+            given.reduce("metric", rows, units, lambda _: None, checkpoints=checkpoints, folder=str(second)).ref
         )
     assert total["sum"] == sum(range(22))
     assert f"metric: the sums of {num_kept} of 22 units are there already" in notes

@@ -134,6 +134,22 @@ def test_a_unit_that_fails_although_each_of_its_rows_does_not_is_an_error():
         schedule.failed(schedule.take()[0], "out of luck")
 
 
+@given(st.integers(1, 23))
+def test_a_whole_sum_that_is_lost_is_made_again_and_given_up_at_the_last_attempt(num_units):
+    schedule = Schedule(plan_units(num_units, 1), 3, merge=True)
+    for attempt in range(3):
+        while not schedule.finished:
+            node, _ = schedule.take()
+            result = "({}+{})".format(*schedule.inputs(node)) if node.level else str(schedule.unit(node).index)
+            schedule.done(node, result)
+        assert schedule.result == work_through(num_units, 0, 1, 0.0)
+        if attempt == 2:
+            with pytest.raises(WorkersLostError, match="3 times: it was lost with the machine"):
+                schedule.lost_result()
+        else:
+            assert len(schedule.lost_result()) == num_units
+
+
 def test_work_that_is_done_twice_counts_once():
     schedule = Schedule(plan_units(2, 1), 3, merge=True)
     first, second = schedule.take()[0], schedule.take()[0]
