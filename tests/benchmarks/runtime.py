@@ -71,7 +71,7 @@ def overhead() -> None:
             pool.map("features", nap, plan_units(UNITS_EACH * number, 1), lambda _: None)
             each_s = (time.perf_counter() - start) / UNITS_EACH - NAP_S
         # One driver serves all: at W workers a unit of U seconds leaves it U / W for each.
-        print(f"{number:3} workers: {1000 * each_s:6.1f} ms a unit of each")
+        print(f"{number:3} workers: {1000 * each_s:6.1f} ms a unit of each", flush=True)
 
 
 def driver_memory() -> None:
@@ -84,7 +84,7 @@ def driver_memory() -> None:
             pool.map("features", count, units, lambda _: None)
             seconds = time.perf_counter() - start
             now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            print(f"{num_rows:9} rows, {len(units):5} units: driver {now / 1e6:.0f} MB, {seconds:.1f} s")
+            print(f"{num_rows:9} rows, {len(units):5} units: driver {now / 1e6:.0f} MB, {seconds:.1f} s", flush=True)
 
 
 class _Seconds(SilentProgress):
@@ -97,7 +97,7 @@ class _Seconds(SilentProgress):
 
 def speedup(data: str) -> None:
     """Print the feature pass' seconds with one worker and with two, interleaved."""
-    overrides = ["data.shallow.rows=[25000, 33192]", "data.test.rows=[0, 1024]", "base.steps=20", "metric.fraction=1.0"]
+    overrides = ["data.shallow.rows=[25000, 31144]", "data.test.rows=[0, 512]", "base.steps=20", "metric.fraction=0.2"]
     overrides += ["store.chunk_rows=512", "runtime.unit_rows=512", "compression.dim=1024", "metric.rank=512"]
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):

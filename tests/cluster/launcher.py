@@ -102,7 +102,7 @@ class Cluster:
             self._run("ray", "down", "--yes", self._file, timeout_s=90)
         with self.step("until nothing is left"):
             try:
-                wait_for(lambda: not self.left(), 90, "the end of Ray's processes")
+                wait_for(lambda: not self.left(), 150, "the end of Ray's processes")
             except TimeoutError as error:
                 raise TimeoutError(f"{error}; left are: {self.left()}") from None
 
