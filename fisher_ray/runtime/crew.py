@@ -156,6 +156,8 @@ class Crew:
         starting = {member.starting: member for member in self._members if member.starting is not None}
         at_work = {job.reply: (member, job) for member in self._members for job in member.jobs}
         refs = [*starting, *at_work]
+        if not refs:
+            raise RuntimeError("nothing runs and nothing starts, but the work is not finished")
         came, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
         if len(came) == 1 and len(refs) > 1:
             came, _ = ray.wait(refs, num_returns=len(refs), timeout=0)

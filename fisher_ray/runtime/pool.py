@@ -197,7 +197,7 @@ class Pool:
             self._metrics.show(given.stage, given.schedule.num_waiting, len(self._crew.ready))
             for member, job in self._crew.wait(POLL_S):
                 self._take_in(given, member, job)
-            self._give_up_leftovers()
+            self._give_up_leftovers(given)
             for node, isolation in given.schedule.concluded():
                 self._judge(given, node, isolation)
         self._limit_leftovers(given)
@@ -209,7 +209,9 @@ class Pool:
             if not member.jobs and (work := schedule.take() or self._straggler(given)) is not None:
                 self._send(member, given, *work)
         for member in ready:
-            if len(member.jobs) != 1 or schedule.num_waiting < len(ready) or schedule.is_alone(member.jobs[0].work):
+            if len(member.jobs) != 1 or schedule.num_waiting < len(ready):
+                continue
+            if member.jobs[0].schedule is not schedule or schedule.is_alone(member.jobs[0].work):
                 continue
             if (work := schedule.take(beside=True)) is not None:
                 self._send(member, given, *work)
@@ -351,10 +353,10 @@ class Pool:
             for job in member.jobs:
                 job.until_s = job.until_s or time.monotonic() + LEFTOVER_S
 
-    def _give_up_leftovers(self) -> None:
+    def _give_up_leftovers(self, given: Pass) -> None:
         for member in self._crew.ready:
             if any(job.until_s is not None and time.monotonic() > job.until_s for job in member.jobs):
-                self._crew.bury(member, TimeoutError("it did not answer any more"))
+                self._lost(given, member, TimeoutError("it did not answer any more"))
 
     def _stream(
         self,

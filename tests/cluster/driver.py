@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import typer
 from ray.experimental import get_object_locations
 
 from fisher_ray import pipeline
@@ -48,4 +49,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
