@@ -26,7 +26,6 @@ HASTE = {
     "RAY_health_check_timeout_ms": 2000,
     "RAY_health_check_failure_threshold": 4,
     "RAY_gcs_rpc_server_reconnect_timeout_s": 15,
-    "RAY_gcs_server_request_timeout_seconds": 15,
 }
 """How soon Ray's parts take each other for lost: sooner than is wise where networks stutter, for short tests."""
 
@@ -148,7 +147,6 @@ def _for_these_hosts(hosts: Network, login: Mapping[str, str]) -> dict[str, Any]
         ("head_start_ray_commands", "--num-cpus=0", "--num-cpus=1"),
         ("worker_start_ray_commands", "ray start ", "ray start --num-cpus=1 "),
     ):
-        *before, start = config[key]
-        assert start.count(old) == 1, f"{ON_PREMISES}: {key} has no {old!r}"
-        config[key] = [*before, start.replace(old, new)]
+        assert sum(command.count(old) for command in config[key]) == 1, f"{ON_PREMISES}: {key} has no {old!r}"
+        config[key] = [command.replace(old, new) for command in config[key]]
     return dict(config)
