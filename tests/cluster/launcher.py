@@ -60,15 +60,16 @@ class Cluster:
         with self.step("ray up"):
             self._run("ray", "up", "--yes", self._file, timeout_s=150)
         with self.step("until the worker has joined"):
-            self.await_cpus(2)
+            self.await_hosts(2)
 
-    def await_cpus(self, count: int) -> None:
-        """Return when the cluster has so many CPUs, as ``ray status`` says."""
+    def await_hosts(self, count: int) -> None:
+        """Return when so many hosts are alive in the cluster."""
+        command = "ray list nodes --filter state=ALIVE"
 
         def there() -> bool:
-            return f"/{count}.0 CPU" in self._run("ray", "exec", self._file, "ray status", timeout_s=60)
+            return f"Total: {count}\n" in self._run("ray", "exec", self._file, command, timeout_s=60).replace("\r", "")
 
-        wait_for(there, 120, f"{count} CPUs in the cluster")
+        wait_for(there, 120, f"{count} hosts in the cluster")
 
     def submit(self, script: Path, *arguments: str, timeout_s: float) -> str:
         """Run a script through ``ray submit``; returns its output."""

@@ -87,7 +87,7 @@ def exercise(folder: Path, config: str, transform: str, pause_s: float, override
                 job.wait(RUN_S)
         with found.step("until the host is back in the cluster"):
             found.hosts.join(WORKER)
-            found.await_cpus(2)
+            found.await_hosts(2)
         found.down()
     assert workers_of(whole) == workers_of(cut) == {HEAD, WORKER}
     notes = [line.get("text", "") for line in events(cut)]
