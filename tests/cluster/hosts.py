@@ -41,7 +41,7 @@ resolv=$(readlink -m /etc/resolv.conf)  # often a link to somewhere below /run
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=755 tmpfs /var/log
 mkdir -p /run/sshd "$(dirname "$resolv")"
-: >/run/utmp
+: >/run/utmp >/var/log/lastlog
 [ -e "$resolv" ] || : >"$resolv"
 mount --bind "$FOLDER/etc/resolv.conf" "$resolv"
 for name in hosts passwd shadow; do mount --bind "$FOLDER/etc/$name" "/etc/$name"; done

@@ -45,10 +45,14 @@ def transform(image, generator):
     return inner(image, generator)
 """
 """Counts what each host has read."""
+MIDDLES = {"metric": "sums/metric/*/*.zarr/seal.json", "features": "features/train.zarr/manifest/unit-*.json"}
+"""What has come to be in the run folder when the middle of a pass is reached."""
 RUN_S = 200.0
 
 
-def exercise(folder: Path, config: str, transform: str, pause_s: float, overrides: Sequence[str]) -> Cluster:
+def exercise(
+    folder: Path, config: str, transform: str, pause_s: float, overrides: Sequence[str], during: str = "features"
+) -> Cluster:
     """Bring two hosts up, run through ``ray submit``, again as a job whose other host is cut off, and take them down.
 
     Args:
@@ -57,6 +61,7 @@ def exercise(folder: Path, config: str, transform: str, pause_s: float, override
         transform: its ``data.transform``.
         pause_s: for each clean sample, so that there is a middle.
         overrides: of its keys, without blanks or quotes, which ``ray submit`` does not keep from the shell.
+        during: the pass in which the link is cut, of :data:`MIDDLES`.
 
     Returns:
         The cluster, with the seconds of each step.
@@ -81,7 +86,7 @@ def exercise(folder: Path, config: str, transform: str, pause_s: float, override
         command = ["python", "jobs/run.py", "--config", config, "--output", str(cut), *options]
         with found.tunnel(), found.job(work, *command) as job:
             with found.step("a job until its link is cut"):
-                _await_middle(job, cut, read / WORKER)
+                _await_middle(job, cut, MIDDLES[during], read / WORKER)
             with found.step("from there to its end"):
                 found.hosts.cut(WORKER)
                 job.wait(RUN_S)
@@ -96,10 +101,9 @@ def exercise(folder: Path, config: str, transform: str, pause_s: float, override
     return found
 
 
-def _await_middle(job: Running, output: Path, read: Path) -> None:
-    """Wait until a unit of the features is written, and the host that counts in ``read`` is at another one."""
-    manifests = output / "features" / "train.zarr" / "manifest"
-    job.until(lambda: any(manifests.glob("unit-*.json")), RUN_S, "a unit of the features was written")
+def _await_middle(job: Running, output: Path, sign: str, read: Path) -> None:
+    """Wait until the sign is in the run folder, and the host that counts in ``read`` reads on."""
+    job.until(lambda: any(output.glob(sign)), RUN_S, f"there was {sign}")
     before = read.stat().st_size
     job.until(lambda: read.stat().st_size > before, 30, f"{read.name} had read more")
 
@@ -118,10 +122,12 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="CIFAR-10 on two hosts in network namespaces.")
     parser.add_argument("--data", required=True, help="folder with train-*.parquet and test-*.parquet")
-    data = Path(parser.parse_args().data).resolve()
+    parser.add_argument("--during", choices=MIDDLES, default="features", help="pass in which the link is cut")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        overrides = (f"data.root={data}", *CIFAR10)
-        exercise(Path(folder), "jobs/configs/cifar10.yaml", "fisher_ray.models:paper_transform", 0.0, overrides)
+        overrides = (f"data.root={Path(given.data).resolve()}", *CIFAR10)
+        transform = "fisher_ray.models:paper_transform"
+        exercise(Path(folder), "jobs/configs/cifar10.yaml", transform, 0.0, overrides, given.during)
 
 
 if __name__ == "__main__":
