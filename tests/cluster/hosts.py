@@ -39,7 +39,9 @@ done
 umount --recursive --lazy /mnt
 resolv=$(readlink -m /etc/resolv.conf)  # often a link to somewhere below /run
 mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs -o mode=755 tmpfs /var/log
 mkdir -p /run/sshd "$(dirname "$resolv")"
+: >/run/utmp >/var/log/lastlog
 [ -e "$resolv" ] || : >"$resolv"
 mount --bind "$FOLDER/etc/resolv.conf" "$resolv"
 for name in hosts passwd shadow; do mount --bind "$FOLDER/etc/$name" "/etc/$name"; done
@@ -109,9 +111,10 @@ class Host:
 
     def logs(self, lines: int = 15) -> str:
         """The ends of the host's logs: its sshd's, and those of Ray's parts that start and watch others."""
-        ray = Path(f"/proc/{self.pid}/root/tmp/ray/session_latest/logs")
+        sessions = sorted(Path(f"/proc/{self.pid}/root/tmp/ray").glob("session_2*"))  # session_latest leads elsewhere
         names = ("monitor.out", "monitor.log", "monitor.err", "gcs_server.out", "raylet.out", "raylet.err")
-        return "\n".join(tail(path, lines) for path in (self.folder / "log", *(ray / name for name in names)))
+        paths = [session / "logs" / name for session in sessions[-1:] for name in names]
+        return "\n".join(tail(path, lines) for path in (self.folder / "log", *paths) if path.exists())
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tests.cluster.launcher import ROOT, WORKER, Cluster, cluster
-from tests.integration.processes import wait_for
+from tests.cluster.hosts import Running
+from tests.cluster.launcher import HEAD, ROOT, WORKER, Cluster, cluster
 from tests.integration.runs import bits
 
 CIFAR10 = (
@@ -25,22 +27,41 @@ CIFAR10 = (
     "metric.fraction=1.0",
     "store.chunk_rows=128",
     "runtime.unit_rows=128",
-    "runtime.num_workers=2",
     "trained_on=null",
     "linear.views=1",
 )
-"""Without blanks or quotes, which ``ray submit`` does not keep from the shell."""
-RUN_S = 240.0
+COUNTED = """
+import socket
+import time
+from pathlib import Path
+from {module} import {name} as inner
+
+READ = Path({folder!r}, socket.gethostname())
+
+def transform(image, generator):
+    with READ.open("ab") as file:
+        file.write(b".")
+    time.sleep({pause_s} if generator is None else 0)
+    return inner(image, generator)
+"""
+"""Counts what each host has read."""
+MIDDLES = {"metric": "sums/metric/*/*.zarr/seal.json", "features": "features/train.zarr/manifest/unit-*.json"}
+"""What has come to be in the run folder when the middle of a pass is reached."""
+RUN_S = 200.0
 
 
-def exercise(folder: Path, config: str, overrides: tuple[str, ...], modules: dict[str, str]) -> Cluster:
-    """Bring two hosts up, run twice, and take them down.
+def exercise(
+    folder: Path, config: str, transform: str, pause_s: float, overrides: Sequence[str], during: str = "features"
+) -> Cluster:
+    """Bring two hosts up, run through ``ray submit``, again as a job whose other host is cut off, and take them down.
 
     Args:
         folder: empty; for everything.
         config: a configuration in the clone, by its path there.
-        overrides: of its keys.
-        modules: sources of modules that the configuration names, by name.
+        transform: its ``data.transform``.
+        pause_s: for each clean sample, so that there is a middle.
+        overrides: of its keys, without blanks or quotes, which ``ray submit`` does not keep from the shell.
+        during: the pass in which the link is cut, of :data:`MIDDLES`.
 
     Returns:
         The cluster, with the seconds of each step.
@@ -48,38 +69,65 @@ def exercise(folder: Path, config: str, overrides: tuple[str, ...], modules: dic
     Raises:
         AssertionError: if the run whose link was cut has other bytes than the one that nothing befell.
     """
-    work = folder / "hosts" / "clone"
+    hosts, work, read = folder / "hosts", folder / "hosts" / "clone", folder / "hosts" / "read"
     shutil.copytree(ROOT / "jobs", work / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, source in modules.items():
-        (work / f"{name}.py").write_text(source)
-    options = [word for override in overrides for word in ("--set", override)]
-    whole, cut = folder / "hosts" / "whole", folder / "hosts" / "cut"
-    with cluster(folder / "hosts", {"PYTHONPATH": str(work)}) as found:
+    read.mkdir()
+    module, _, name = transform.partition(":")
+    counted = COUNTED.format(module=module, name=name, folder=str(read), pause_s=pause_s)
+    (work / "counted.py").write_text(counted)
+    keys = ("data.transform=counted:transform", "runtime.num_workers=2", *overrides)
+    options = [word for override in keys for word in ("--set", override)]
+    whole, cut = hosts / "whole", hosts / "cut"
+    with cluster(hosts, {"PYTHONPATH": str(work)}) as found:
         found.up()
-        arguments = ["--config", str(work / config), "--address", "auto", "--output", str(whole)]
         with found.step("a run through ray submit"):
-            found.submit(work / "jobs/run.py", *arguments, *options, timeout_s=RUN_S)
+            arguments = ["--config", str(work / config), "--address", "auto", "--output", str(whole), *options]
+            found.submit(work / "jobs" / "run.py", *arguments, timeout_s=RUN_S)
         command = ["python", "jobs/run.py", "--config", config, "--output", str(cut), *options]
-        with found.tunnel(), found.step("a job whose link is cut"), found.job(work, *command) as job:
-            manifests = cut / "features" / "train.zarr" / "manifest"
-            wait_for(lambda: any(manifests.glob("unit-*.json")) or job.process.poll() is not None, RUN_S, "a unit")
-            found.hosts.cut(WORKER)
-            job.wait(RUN_S)
-        found.hosts.join(WORKER)
+        with found.tunnel(), found.job(work, *command) as job:
+            with found.step("a job until its link is cut"):
+                _await_middle(job, cut, MIDDLES[during], read / WORKER)
+            with found.step("from there to its end"):
+                found.hosts.cut(WORKER)
+                job.wait(RUN_S)
+        with found.step("until the host is back in the cluster"):
+            found.hosts.join(WORKER)
+            found.await_hosts(2)
         found.down()
-    assert bits(cut) == bits(whole)
-    notes = [json.loads(line).get("text", "") for line in (cut / "events.jsonl").read_text().splitlines()]
+    assert workers_of(whole) == workers_of(cut) == {HEAD, WORKER}
+    notes = [line.get("text", "") for line in events(cut)]
     assert [note for note in notes if note.startswith(f"lost the worker on {WORKER} ")], notes
+    assert bits(cut) == bits(whole)
     return found
+
+
+def _await_middle(job: Running, output: Path, sign: str, read: Path) -> None:
+    """Wait until the sign is in the run folder, and the host that counts in ``read`` reads on."""
+    job.until(lambda: any(output.glob(sign)), RUN_S, f"there was {sign}")
+    before = read.stat().st_size
+    job.until(lambda: read.stat().st_size > before, 30, f"{read.name} had read more")
+
+
+def events(output: Path) -> list[dict[str, Any]]:
+    """A run's events."""
+    return [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+
+
+def workers_of(output: Path) -> set[str]:
+    """The hosts whose workers have finished units of a run."""
+    return {line["worker"].split()[0] for line in events(output) if line["event"] == "unit done"}
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="CIFAR-10 on two hosts in network namespaces.")
     parser.add_argument("--data", required=True, help="folder with train-*.parquet and test-*.parquet")
-    data = Path(parser.parse_args().data).resolve()
+    parser.add_argument("--during", choices=MIDDLES, default="features", help="pass in which the link is cut")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        exercise(Path(folder), "jobs/configs/cifar10.yaml", (f"data.root={data}", *CIFAR10), {})
+        overrides = (f"data.root={Path(given.data).resolve()}", *CIFAR10)
+        transform = "fisher_ray.models:paper_transform"
+        exercise(Path(folder), "jobs/configs/cifar10.yaml", transform, 0.0, overrides, given.during)
 
 
 if __name__ == "__main__":
