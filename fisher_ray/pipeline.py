@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Callable
 from contextlib import closing
@@ -236,7 +237,9 @@ class _Run:
         return fitted
 
     def _sum_gram(self, units: list[Unit], part: str) -> Any:
-        return self._reduce("linear", partial(tasks.sum_gram, part=part), units, part)
+        settings = json.dumps(self._config.linear.model_dump(mode="json"), sort_keys=True)
+        kept = f"{part}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"  # these may change before a resume
+        return self._reduce("linear", partial(tasks.sum_gram, part=part), units, kept)
 
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":
