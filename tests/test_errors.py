@@ -20,6 +20,7 @@ EXIT_CODES = {
     "DataError": 3,
     "StoreError": 3,
     "StoppedError": 4,
+    "ClaimedError": 4,
     "StorageError": 4,
     "MemoryExhaustedError": 4,
     "WorkersLostError": 4,
