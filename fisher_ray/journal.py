@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-from fisher_ray.errors import ConfigError, ResumeMismatchError
+from fisher_ray.errors import ConfigError, ResumeMismatchError, StoppedError
 from fisher_ray.storage import Storage
 
 SCHEMA = 1
@@ -21,6 +21,9 @@ OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", "sum
 EVENTS_EVERY_S = 30.0
 """Least time between two writes of the events, stages' ends apart."""
 
+LAST_WORDS_S = 2.0
+"""How long a stage that is interrupted tries to write down that it was."""
+
 
 class Journal:
     """Stages of one run and their results; every change is on storage before the call returns.
@@ -29,11 +32,14 @@ class Journal:
         storage: the run folder.
         document: the content of ``run.json``.
         events: lines of ``events.jsonl``.
+        check: called before each write; raises if the folder is no longer this driver's to write to.
     """
 
-    def __init__(self, storage: Storage, document: dict[str, Any], events: list[str]) -> None:
+    def __init__(
+        self, storage: Storage, document: dict[str, Any], events: list[str], check: Callable[[], None]
+    ) -> None:
         """Use :meth:`open`."""
-        self._storage, self._document, self._events = storage, document, events
+        self._storage, self._document, self._events, self._check = storage, document, events, check
         self._written_s = time.monotonic()
         self._running: tuple[dict[str, Any], float] | None = None  # the stage's record, and when it counts from
 
@@ -45,6 +51,7 @@ class Journal:
         *,
         fresh: bool = False,
         late: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+        check: Callable[[], None] = lambda: None,
     ) -> Journal:
         """Take up the run in the folder, or start one there.
 
@@ -54,6 +61,7 @@ class Journal:
                 is to be kept (``config``, ``versions``), which may have changed.
             fresh: remove what an earlier run left, and start anew.
             late: keys of the identity that may change until one of these stages is sealed.
+            check: as the constructor's.
 
         Raises:
             ResumeMismatchError: if the folder's run had another configuration, model or data, naming the difference.
@@ -67,7 +75,7 @@ class Journal:
             _clear(storage)
             document = None
         if document is None:
-            journal = cls(storage, {**_empty(), **facts}, [])
+            journal = cls(storage, {**_empty(), **facts}, [], check)
             journal._save()
             return journal
         if differences := _differences(document, facts, late):
@@ -75,7 +83,7 @@ class Journal:
                 f"{storage.url} holds a run of another configuration, model or data: {_listed(differences)}. "
                 "Give another output, or start anew in the same place with --fresh."
             )
-        return cls(storage, {**document, **facts}, _read_events(storage))
+        return cls(storage, {**document, **facts}, _read_events(storage), check)
 
     def sealed(self, stage: str) -> bool:
         """Whether a stage is finished."""
@@ -127,13 +135,12 @@ class Journal:
         self.event("stage started", stage=name)
         try:
             yield result
-            record |= {"sealed": True, "result": result}
-        finally:
-            self._clock()
-            self._running = None
-            outcome = "stage done" if record.get("sealed") else "stage interrupted"
-            self.event(outcome, stage=name, seconds=round(record["seconds"], 3))
-            self._flush()
+        except BaseException:
+            with suppress(StoppedError):  # storage that does not answer, a lost claim: the first failure is to be told
+                self._stop("stage interrupted", name, record, Storage(self._storage.url, retry_s=LAST_WORDS_S))
+            raise
+        record |= {"sealed": True, "result": result}
+        self._stop("stage done", name, record, self._storage)
 
     def event(self, what: str, **values: Any) -> None:
         """Keep a line; it is on storage within :data:`EVENTS_EVERY_S` of the next one, or at the stage's end."""
@@ -141,7 +148,7 @@ class Journal:
         self._events.append(json.dumps({"time": now, "event": what, **values}))
         if time.monotonic() - self._written_s > EVENTS_EVERY_S:
             self._clock()
-            self._flush()
+            self._flush(self._storage)
 
     def total(self, what: str, key: str) -> int:
         """Return the sum of ``key`` over the events ``what`` so far, those of earlier starts of the run included."""
@@ -156,13 +163,23 @@ class Journal:
     def _stage(self, name: str) -> dict[str, Any]:
         return dict(self._document["stages"].get(name, {}))
 
-    def _flush(self) -> None:
-        self._storage.write_bytes(EVENTS_FILE, "".join(f"{line}\n" for line in self._events).encode())
-        self._save()
+    def _stop(self, outcome: str, name: str, record: dict[str, Any], storage: Storage) -> None:
+        self._clock()
+        self._running, self._written_s = None, time.monotonic()  # written once, below
+        self.event(outcome, stage=name, seconds=round(record["seconds"], 3))
+        self._flush(storage)
+
+    def _flush(self, storage: Storage) -> None:
+        self._check()
+        storage.write_bytes(EVENTS_FILE, "".join(f"{line}\n" for line in self._events).encode())
+        self._save(storage)
         self._written_s = time.monotonic()
 
-    def _save(self) -> None:
-        self._storage.write_bytes(RUN_FILE, (json.dumps(self._document, indent=2, allow_nan=False) + "\n").encode())
+    def _save(self, storage: Storage | None = None) -> None:
+        self._check()
+        (storage or self._storage).write_bytes(
+            RUN_FILE, (json.dumps(self._document, indent=2, allow_nan=False) + "\n").encode()
+        )
 
 
 def read_run(storage: Storage) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress, Receipt, Unit
-from fisher_ray.runtime import Checkpoints, Claim, Crew, Pool, Session, remove_checkpoints
+from fisher_ray.runtime import Checkpoints, Claim, Crew, Pool, Session, num_slices, remove_checkpoints
 from fisher_ray.stages import Facts, compression, inspect_request, planning, shallow, tasks, training
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
@@ -72,7 +72,7 @@ def run(
     facts = inspect_request(config)
     refuse_foreign(storage)
     with Claim(config.output, progress.note) as claim:
-        journal = Journal.open(storage, _journal_facts(config, facts), fresh=fresh, late=LATE)
+        journal = Journal.open(storage, _journal_facts(config, facts), fresh=fresh, late=LATE, check=claim.check)
         facts = replace(facts, micro_batch=journal.decide("micro_batch", facts.micro_batch))
 
         def note(text: str) -> None:
@@ -159,9 +159,13 @@ class _Run:
         units = planning.metric_units(self._config, self._facts)
         plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
 
+        slices = num_slices(planning.moment_bytes(self._config, self._facts))
+
         def choose_basis() -> dict[str, Any]:
-            sums = [self._sum_rows("basis", tasks.sum_kronecker, units)] if plans.with_moments else []
-            return self._solo("basis", tasks.choose_basis, *sums)
+            if not plans.with_moments:
+                return self._solo("basis", tasks.choose_basis)
+            sums = self._sum_rows("basis", tasks.sum_kronecker, units, num_slices=slices)
+            return self._solo("basis", tasks.choose_basis, sums)
 
         def fit_metric() -> dict[str, Any]:
             sums = self._sum_rows("metric", tasks.sum_fisher, units, merge=tasks.merge_fisher)
@@ -239,7 +243,9 @@ class _Run:
     def _sum_gram(self, units: list[Unit], part: str) -> Any:
         settings = json.dumps(self._config.linear.model_dump(mode="json"), sort_keys=True)
         kept = f"{part}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"  # these may change before a resume
-        return self._reduce("linear", partial(tasks.sum_gram, part=part), units, kept)
+        columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
+        slices = num_slices(planning.gram_bytes(columns))
+        return self._reduce("linear", partial(tasks.sum_gram, part=part), units, kept, num_slices=slices)
 
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":

@@ -53,7 +53,7 @@ class Storage:
         Args:
             url: a local path, ``file://`` or ``s3://bucket/prefix``.
             options: further arguments of ``s3fs.S3FileSystem``.
-            retry_s: bound on retries, in seconds (default ``RETRY_S``).
+            retry_s: bound on retries, and on one request to S3, in seconds (default ``RETRY_S``).
 
         Raises:
             ConfigError: if the URL's scheme is unknown or it contains credentials.
@@ -75,7 +75,7 @@ class Storage:
 
     @cached_property
     def _files(self) -> _LocalFiles | _S3Files:
-        return _S3Files(self._place, self._options) if self.remote else _LocalFiles(self._place)
+        return _S3Files(self._place, self._options, self._retry_s) if self.remote else _LocalFiles(self._place)
 
     def read_bytes(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes of ``name``, or of its range ``[start, stop)``; a negative ``start`` counts from the end.
@@ -244,14 +244,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _S3Files:
-    def __init__(self, place: str, options: dict[str, Any]) -> None:
+    def __init__(self, place: str, options: dict[str, Any], retry_s: float | None) -> None:
         self.root = place.strip("/")
         botocore = importlib.import_module("botocore.exceptions")
         retryable = importlib.import_module("s3fs.core").S3_RETRYABLE_ERRORS  # aiohttp's among them: no OSErrors
         self.failures: tuple[type[Exception], ...] = (OSError, botocore.BotoCoreError, botocore.ClientError, *retryable)
         refusals = (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.ParamValidationError)
         self._permanent = (PermissionError, FileNotFoundError, *refusals)
-        self._fs = _open_s3(options)
+        self._fs = _open_s3(options, RETRY_S if retry_s is None else max(retry_s, 1.0))
 
     def is_transient(self, error: Exception) -> bool:
         refused = getattr(error, "errno", None) in (errno.EINVAL, errno.ENOSYS, errno.EPERM)
@@ -288,11 +288,12 @@ class _S3Files:
             self._fs.rm(paths)
 
 
-def _open_s3(options: dict[str, Any]) -> Any:
+def _open_s3(options: dict[str, Any], patience_s: float) -> Any:
     s3fs = importlib.import_module("s3fs")  # a second to import, so only where a URL asks for it
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     # Other processes write too, so no listing is kept; one layer alone retries, so that the time is bounded.
-    config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 0}, "max_pool_connections": 32}
+    timeouts = {"connect_timeout": min(10.0, patience_s), "read_timeout": patience_s}
+    config = {**timeouts, "retries": {"max_attempts": 0}, "max_pool_connections": 32}
     config |= options.get("config_kwargs", {})
     chosen = {"endpoint_url": endpoint, "use_listings_cache": False, **options, "config_kwargs": config}
     files = s3fs.S3FileSystem(**chosen)

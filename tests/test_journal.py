@@ -1,13 +1,16 @@
+import errno
 import json
 import tempfile
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisher_ray import journal as journal_module
+from fisher_ray import storage as storage_module
 from fisher_ray.config import Config
-from fisher_ray.errors import ConfigError, ResumeMismatchError
+from fisher_ray.errors import ClaimedError, ConfigError, DataError, ResumeMismatchError
 from fisher_ray.journal import OWN, Journal, read_run
 from fisher_ray.storage import Storage
 from tests.s3_server import s3_server, s3_url
@@ -48,6 +51,43 @@ def test_a_failing_stage_stays_unsealed_and_its_time_is_kept(storage):
         result["rank"] = 3
     assert journal.seconds("metric") > spent
     assert Journal.open(storage, FACTS).result("metric") == {"rank": 3}
+
+
+def test_a_driver_that_has_lost_its_claim_writes_nothing_any_more(storage):
+    lost: list[str] = []
+
+    def check() -> None:
+        if lost:
+            raise ClaimedError(lost[0])
+
+    def base() -> None:
+        with journal.stage("base"):
+            lost.append("taken over")
+
+    journal = Journal.open(storage, FACTS, check=check)
+    before = {name: storage.read_bytes(name) for name in storage.list()}
+    lost.append("taken over")
+    for act in (base, lambda: journal.decide("threads", 2), lambda: journal.exclude("test", {1: "bad"})):
+        with pytest.raises(ClaimedError, match="taken over"):
+            act()
+    assert {name: storage.read_bytes(name) for name in storage.list()} == before
+
+
+def test_what_interrupted_a_stage_is_told_and_soon_where_storage_does_not_answer(storage, monkeypatch):
+    def silent(self, name, data):
+        raise TimeoutError(errno.ETIMEDOUT, "no answer")
+
+    journal = Journal.open(storage, FACTS)
+    begun = time.monotonic()
+
+    def base() -> None:
+        with journal.stage("base"):
+            monkeypatch.setattr(storage_module._LocalFiles, "write", silent)
+            raise DataError("row 7 is no picture")
+
+    with pytest.raises(DataError, match="row 7"):
+        base()
+    assert 1 < time.monotonic() - begun < 10
 
 
 @settings(max_examples=25)

@@ -239,6 +239,8 @@ class RuntimeConfig(Section):
     """How often a unit may fail by itself, or lose its worker, before its rows are looked at one by one."""
     wait_s: PositiveFloat = 600.0
     """How long a run waits for its first worker, or for another when it has lost the last."""
+    unit_timeout_s: PositiveFloat | None = None
+    """After how long a worker is given up that has not come back with its unit; ``null``: never."""
     checkpoint_units: PositiveInt | None = 8
     """Units whose merged sum is kept in the run folder while a pass runs, so that a resumed pass does not start over;
     rounded up to a power of two; ``null`` keeps none."""

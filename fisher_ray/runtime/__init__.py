@@ -5,5 +5,6 @@ from fisher_ray.runtime.claim import Claim
 from fisher_ray.runtime.crew import Crew
 from fisher_ray.runtime.pool import Pool
 from fisher_ray.runtime.session import Session
+from fisher_ray.runtime.slices import num_slices
 
-__all__ = ["Checkpoints", "Claim", "Crew", "Pool", "Session", "remove_checkpoints"]
+__all__ = ["Checkpoints", "Claim", "Crew", "Pool", "Session", "num_slices", "remove_checkpoints"]

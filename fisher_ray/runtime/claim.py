@@ -32,6 +32,10 @@ SETTLE_S = {True: 1.0, False: 0.05}
 """How long after its write a claim is read back, on remote and on local storage."""
 
 
+_HELD: set[str] = set()
+"""Tokens of the claims that this process holds."""
+
+
 class Claim:
     """The claim on one run folder; a context in which it is held.
 
@@ -50,7 +54,7 @@ class Claim:
         self._storage, self._quick = Storage(url), Storage(url, retry_s=beat_s)
         self._mine: dict[str, Any] = {"token": uuid.uuid4().hex, **_this_process()}
         self._beats = 0
-        self._loss = ""
+        self._loss, self._sure_s = "", 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="fisher-ray-claim", daemon=True)
 
@@ -62,12 +66,18 @@ class Claim:
             StorageError: if storage does not answer.
         """
         self._await_expiry()
-        self._write(self._storage)
-        time.sleep(SETTLE_S[self._storage.remote])
-        holder = _read(self._storage)
-        if holder is None or holder.get("token") != self._mine["token"]:
-            raise ClaimedError(self._refusal(holder))
-        self._thread.start()
+        _HELD.add(self._mine["token"])
+        try:
+            self._write(self._storage)
+            time.sleep(SETTLE_S[self._storage.remote])
+            holder = _read(self._storage)
+            self._sure_s = time.monotonic()
+            if not self._is_mine(holder):
+                raise ClaimedError(self._refusal(holder))
+            self._thread.start()
+        except BaseException:
+            self._let_go()
+            raise
         return self
 
     def __exit__(
@@ -76,11 +86,12 @@ class Claim:
         """Let the claim go, if it is still this driver's."""
         self._over.set()
         self._thread.join()
-        if self._loss:
-            return
+        self._let_go()
+
+    def _let_go(self) -> None:
+        _HELD.discard(self._mine["token"])
         try:
-            holder = _read(self._quick)
-            if holder is not None and holder.get("token") == self._mine["token"]:
+            if not self._loss and self._is_mine(_read(self._quick)):
                 self._quick.remove(CLAIM_FILE)
         except StorageError as failure:
             self._note(f"the claim on {self._storage.url} could not be removed, and will expire: {failure}")
@@ -89,10 +100,15 @@ class Claim:
         """Return if the claim is still this driver's.
 
         Raises:
-            ClaimedError: if another driver has taken it over, or somebody has removed it.
+            ClaimedError: if another driver has taken it over, or somebody has removed it, or the heartbeat has ended.
+            StorageError: if the heart has not beaten for long, and storage does not say whose claim it is.
         """
+        if not self._loss and time.monotonic() - self._sure_s > self._expiry_s:  # as after the process was stopped
+            self._make_sure(self._storage)
         if self._loss:
             raise ClaimedError(self._loss)
+        if not self._thread.is_alive():
+            raise ClaimedError(f"{self._storage.url}: the claim on it is not renewed any more. Run again to resume.")
 
     def _await_expiry(self) -> None:
         seen, end = _read(self._storage), time.monotonic() + self._expiry_s
@@ -105,7 +121,9 @@ class Claim:
         )
         while time.monotonic() < end:
             time.sleep(min(1.0, self._beat_s))
+            asked_s = time.monotonic()
             now = _read(self._storage)
+            end += time.monotonic() - asked_s  # while storage is silent, nobody can be heard
             if now is None:
                 return
             if now != seen:
@@ -115,14 +133,24 @@ class Claim:
     def _keep(self) -> None:
         while not self._over.wait(self._beat_s):
             try:
-                holder = _read(self._quick)
-                if holder is None or holder.get("token") != self._mine["token"]:
-                    what = "its claim was removed" if holder is None else f"{_named(holder)} has taken it over"
-                    self._loss = f"{self._storage.url}: {what}, so this driver stops. Run again to resume."
+                if not self._make_sure(self._quick):
                     return
                 self._write(self._quick)
             except StorageError:  # whoever works with this storage is told; the next beat may come through
                 continue
+
+    def _make_sure(self, storage: Storage) -> bool:
+        """Read whose the claim is."""
+        asked_s, holder = time.monotonic(), _read(storage)
+        if self._is_mine(holder):
+            self._sure_s = asked_s
+            return True
+        what = "its claim was removed" if holder is None else f"{_named(holder)} has taken it over"
+        self._loss = f"{self._storage.url}: {what}, so this driver stops. Run again to resume."
+        return False
+
+    def _is_mine(self, holder: dict[str, Any] | None) -> bool:
+        return holder is not None and holder.get("token") == self._mine["token"]
 
     def _write(self, storage: Storage) -> None:
         self._beats += 1
@@ -181,6 +209,9 @@ def _same_machine(holder: dict[str, Any]) -> bool:
 
 
 def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether the process is there; of this one, whether it still holds the claim, which it may have left behind."""
+    if holder.get("pid") == os.getpid() and _same_machine(holder) and holder.get("token") not in _HELD:
+        return False
     return _same_machine(holder) and _started(int(holder["pid"])) == holder.get("started")
 
 

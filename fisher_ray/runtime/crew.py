@@ -15,9 +15,9 @@ from fisher_ray.config import Config
 from fisher_ray.errors import WorkersLostError
 from fisher_ray.runtime.failures import raise_cause, reason
 from fisher_ray.runtime.resources import actor_options, gpus_per_worker, num_workers, wanted
-from fisher_ray.runtime.schedule import Schedule, Work
+from fisher_ray.runtime.schedule import Work
 from fisher_ray.runtime.session import Session
-from fisher_ray.runtime.worker import IN_FLIGHT, Place, Worker
+from fisher_ray.runtime.worker import IN_FLIGHT, LIFE, Place, Worker
 
 Ref: TypeAlias = Any
 """A reference to an object in Ray's store."""
@@ -27,6 +27,7 @@ LOOK_S = 5.0
 """How often the cluster is asked whether it has grown or shrunk."""
 MAX_FAILED_STARTS = 10
 """Workers that may end while they start, one after the other and with none alive, before the run stops."""
+SILENT = "it did not answer any more"
 NOTE_AFTER_S = 15.0
 """How long there may be no worker before the user is told."""
 
@@ -37,18 +38,17 @@ class Job:
 
     Attributes:
         work: which.
-        schedule: whose it is.
         reply: will be its receipt.
-        arrays: will be its result.
+        arrays: will be its result, in slices.
         keep: where the result is kept on storage too.
         since_s: when the worker got it, or came to it if it had another before.
-        until_s: when the worker is given up if it still has it; None for never.
+        until_s: when the worker is given up if it still has it: nobody waits for the result any more. None if
+            somebody does.
     """
 
     work: Work
-    schedule: Schedule
     reply: Ref
-    arrays: Ref
+    arrays: list[Ref]
     keep: str | None = None
     since_s: float = field(default_factory=time.monotonic)
     until_s: float | None = None
@@ -58,12 +58,15 @@ class Job:
 class Member:
     """One actor: starting until its place is known; with its jobs in the order in which it got them.
 
-    With two jobs, which of them it computes is not known; most likely the first.
+    With two jobs, which of them it computes is not known; most likely the first. ``life`` ends when the actor does, be
+    it at work or not; ``death`` is how, once that is known.
     """
 
     handle: Any
     starting: Ref
+    life: Ref
     place: Place | None = None
+    death: BaseException | None = None
     jobs: deque[Job] = field(default_factory=deque)
 
     def drop(self, job: Job) -> None:
@@ -100,8 +103,13 @@ class Crew:
 
     @property
     def ready(self) -> list[Member]:
-        """The workers that have answered."""
-        return [member for member in self._members if member.place is not None]
+        """The workers that have answered, and live."""
+        return [member for member in self._members if member.place is not None and member.death is None]
+
+    @property
+    def members(self) -> list[Member]:
+        """All workers, those that start and those that are dead but have not been buried too."""
+        return list(self._members)
 
     @property
     def target(self) -> int:
@@ -134,28 +142,42 @@ class Crew:
         while len(self._members) < self._target:
             self._members.append(self._start())
 
-    def any_idle(self) -> Member:
-        """Return a worker without a job, as soon as there is one.
+    def any_idle(self, check: Callable[[], None]) -> Member:
+        """Return a worker without a job, as soon as there is one; ``check`` is called meanwhile.
 
         Raises:
             WorkersLostError: if there was none for ``runtime.wait_s``.
         """
         while True:
+            check()
             self.top_up()
             for member in self.ready:
                 if not member.jobs:
                     return member
             self.wait(1.0)
+            for member in self.expired():
+                self.bury(member, TimeoutError(SILENT))
+
+    def expired(self) -> list[Member]:
+        """Return the workers that are overdue, by ``runtime.unit_timeout_s`` or with what nobody waits for."""
+        now, limit_s = time.monotonic(), self._config.runtime.unit_timeout_s
+        return [
+            member
+            for member in self._members
+            if any(job.until_s is not None and now > job.until_s for job in member.jobs)
+            or (limit_s is not None and member.jobs and now - member.jobs[0].since_s > limit_s)
+        ]
 
     def wait(self, timeout_s: float) -> list[tuple[Member, Job]]:
-        """Wait until a worker answers, and return the jobs that are finished.
+        """Wait until a worker answers, and return the jobs that are finished and that somebody waits for.
 
         Raises:
             WorkersLostError: if there was no worker for ``runtime.wait_s``.
         """
         starting = {member.starting: member for member in self._members if member.starting is not None}
         at_work = {job.reply: (member, job) for member in self._members for job in member.jobs}
-        refs = [*starting, *at_work]
+        lives = {member.life: member for member in self.ready}
+        refs = [*starting, *at_work, *lives]
         if not refs:
             raise RuntimeError("nothing runs and nothing starts, but the work is not finished")
         came, _ = ray.wait(refs, num_returns=1, timeout=timeout_s)
@@ -164,8 +186,17 @@ class Crew:
         for ref in came:
             if ref in starting:
                 self._welcome(starting[ref])
+            elif ref in lives:
+                self._ended(lives[ref])
         self._check_alive()
-        return [at_work[ref] for ref in came if ref in at_work]
+        ended = [at_work[ref] for ref in came if ref in at_work]
+        for member, job in ended:
+            if job.until_s is not None:
+                member.drop(job)
+        for member in self.members:
+            if member.death is not None and not member.jobs:
+                self.bury(member, member.death)
+        return [(member, job) for member, job in ended if job.until_s is None]
 
     def bury(self, member: Member, error: BaseException) -> None:
         """Take note that a worker is dead, or as good as."""
@@ -175,6 +206,7 @@ class Crew:
         ray.kill(member.handle)  # it may only be out of reach
         self._last_death = reason(error)
         if member.place is not None:
+            self._last_seen_s = time.monotonic()
             self._note(f"lost the worker on {member.place}; starting another")
             return
         self._failed_starts += 1
@@ -205,10 +237,10 @@ class Crew:
     def _start(self) -> Member:
         options = actor_options(self._config, self._gpus, self._session.worker_environment())
         actor: Any = ray.remote(Worker)
-        handle = actor.options(max_concurrency=IN_FLIGHT, **options).remote(
+        handle = actor.options(max_concurrency=IN_FLIGHT, concurrency_groups={LIFE: 1}, **options).remote(
             self._config, self._facts, self._config.runtime.cpus_per_worker, self._gpus > 0
         )
-        return Member(handle, handle.ready.remote())
+        return Member(handle, handle.ready.remote(), handle.live.options(concurrency_group=LIFE).remote())
 
     def _welcome(self, member: Member) -> None:
         try:
@@ -219,6 +251,13 @@ class Crew:
             raise_cause(error)
         except ray.exceptions.RayError as error:
             self.bury(member, error)
+
+    def _ended(self, member: Member) -> None:
+        """Take note that a worker is dead; it is buried when what has become of its work has been seen."""
+        try:
+            ray.get(member.life)
+        except ray.exceptions.RayError as error:
+            member.death = error
 
     def _check_alive(self) -> None:
         if self.ready:

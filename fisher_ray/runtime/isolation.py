@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 
 from fisher_ray.records import Unit
@@ -14,9 +14,12 @@ MAX_ROWS = 8
 class Isolation:
     """Parts of one unit that has failed: each is tried, and one that fails is cut in two, down to single rows.
 
+    A single row is blamed when it has failed as often as a unit may, since it may be the machine that did.
+
     Args:
         unit: what has failed, or killed its workers, so often that its rows are under suspicion.
         reason: how it failed last.
+        max_attempts: how often a single row may fail.
 
     Attributes:
         unit: as given.
@@ -24,9 +27,10 @@ class Isolation:
         rows: the rows that failed by themselves, and how.
     """
 
-    def __init__(self, unit: Unit, reason: str) -> None:
+    def __init__(self, unit: Unit, reason: str, max_attempts: int) -> None:
         """See the class."""
-        self.unit, self.reason = unit, reason
+        self.unit, self.reason, self._max_attempts = unit, reason, max_attempts
+        self._failures: Counter[int] = Counter()
         self.rows: dict[int, str] = {}
         self._waiting = deque(_cut(unit) or [unit])
         self._tried: set[tuple[int, int]] = set()
@@ -59,10 +63,14 @@ class Isolation:
         self._waiting.appendleft(part)
 
     def failed(self, part: Unit, reason: str) -> None:
-        """Go on with the halves of a part, or blame its one row."""
+        """Go on with the halves of a part, or try its one row again, or blame it."""
         self._tried.discard((part.start, part.stop))
         if halves := _cut(part):
             self._waiting.extendleft(reversed(halves))
+            return
+        self._failures[part.start] += 1
+        if self._failures[part.start] < self._max_attempts:
+            self._waiting.appendleft(part)
         else:
             self.rows[part.start] = reason
 

@@ -34,6 +34,7 @@ class Pass:
         probe: as the task, for any rows, and without effect; None where rows cannot be looked at by themselves.
         checkpoints: which sums are kept on storage; None for none.
         on_excluded: hears of rows that fail by themselves, without which the pass goes on.
+        num_slices: into which every sum is cut.
         durations_s: of the last pieces of work.
         failure: what the pass ends with, once nothing is running.
     """
@@ -47,6 +48,7 @@ class Pass:
     probe: Task | None = None
     checkpoints: Checkpoints | None = None
     on_excluded: Callable[[dict[int, str]], None] = lambda rows: None
+    num_slices: int = 1
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     failure: FisherRayError | None = None
 

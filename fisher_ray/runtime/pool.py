@@ -15,7 +15,7 @@ from fisher_ray.config import Config
 from fisher_ray.errors import DataError, FisherRayError, StoreError, WorkersLostError
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.runtime.checkpoints import Checkpoints
-from fisher_ray.runtime.crew import Crew, Job, Member, Note, Ref
+from fisher_ray.runtime.crew import SILENT, Crew, Job, Member, Note, Ref
 from fisher_ray.runtime.failures import raise_cause, reason
 from fisher_ray.runtime.isolation import Isolation
 from fisher_ray.runtime.metrics import DriverMetrics
@@ -40,9 +40,9 @@ class Sum:
     given: Pass
 
     @property
-    def ref(self) -> Ref:
-        """A reference to the arrays."""
-        return self.given.schedule.result
+    def refs(self) -> list[Ref]:
+        """References to the arrays' slices."""
+        return list(self.given.schedule.result)
 
 
 class Pool:
@@ -102,6 +102,7 @@ class Pool:
         probe: Task | None = None,
         checkpoints: Checkpoints | None = None,
         on_excluded: Callable[[dict[int, str]], None] = lambda rows: None,
+        num_slices: int = 1,
         **options: Any,
     ) -> Sum:
         """Run the task for every unit, and merge its arrays along a fixed tree, on the workers.
@@ -115,17 +116,21 @@ class Pool:
             probe: as in :meth:`map`.
             checkpoints: sums that are kept on storage, and taken from there.
             on_excluded: as in :meth:`map`.
+            num_slices: into which a sum that is merged by adding is cut, so that no more than a slice of it is copied
+                at a time.
             options: plain values.
 
         Returns:
             The sum, for :meth:`solo`. Raises as :meth:`map`.
         """
+        if merge is not None and num_slices != 1:
+            raise ValueError("only sums that are added are merged by slices")
         kept = checkpoints.found() if checkpoints is not None else []
         isolate = probe is not None
         schedule = Schedule(units, self._max_attempts, merge=True, kept=kept, isolate=isolate)
         if num_kept := len(units) - schedule.num_units:
             self._note(f"{stage}: the sums of {num_kept} of {len(units)} units are there already")
-        given = Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints, on_excluded)
+        given = Pass(stage, schedule, task, options, on_receipt, merge, probe, checkpoints, on_excluded, num_slices)
         self._drive(given)
         return Sum(given)
 
@@ -151,9 +156,9 @@ class Pool:
         """
         failure: WorkersLostError
         for attempt in range(1, self._max_attempts + 1):
-            member = self._crew.any_idle()
+            member = self._crew.any_idle(self._check)
             try:
-                return self._stream(member, task, [item.ref for item in inputs], threads, on_item, options)
+                return self._stream(member, task, [item.refs for item in inputs], threads, on_item, options)
             except ray.exceptions.ObjectLostError:
                 for item in inputs:
                     self._restore(item.given)
@@ -176,31 +181,35 @@ class Pool:
         Raises:
             WorkersLostError: if none was for ``runtime.wait_s``.
         """
-        self._crew.any_idle()
+        self._crew.any_idle(self._check)
 
     def num_cpus(self) -> int:
         """Return the cores of the machine that the first worker runs on."""
-        place = self._crew.any_idle().place
+        place = self._crew.any_idle(self._check).place
         return place.num_cpus if place is not None else 1
 
     # -- the loop
 
     def _drive(self, given: Pass) -> None:
         self._metrics = self._metrics or DriverMetrics()
-        while not given.schedule.finished:
-            self._check()
-            self._crew.top_up()
-            if given.failure is None:
-                self._assign(given)
-            elif not self._has_work(given):
-                raise given.failure
-            self._metrics.show(given.stage, given.schedule.num_waiting, len(self._crew.ready))
-            for member, job in self._crew.wait(POLL_S):
-                self._take_in(given, member, job)
-            self._give_up_leftovers(given)
-            for node, isolation in given.schedule.concluded():
-                self._judge(given, node, isolation)
-        self._limit_leftovers(given)
+        try:
+            while not given.schedule.finished:
+                self._check()
+                self._crew.top_up()
+                if given.failure is None:
+                    self._assign(given)
+                elif not self._has_work():
+                    raise given.failure
+                self._metrics.show(given.stage, given.schedule.num_waiting, len(self._crew.ready))
+                for member, job in self._crew.wait(POLL_S):
+                    self._take_in(given, member, job)
+                self._limit_leftovers(given)
+                for member in self._crew.expired():
+                    self._lost(given, member, TimeoutError(SILENT))
+                for node, isolation in given.schedule.concluded():
+                    self._judge(given, node, isolation)
+        finally:
+            self._limit_leftovers(given, everything=True)
 
     def _assign(self, given: Pass) -> None:
         """Hand out work: first to those who have none, and a second unit where enough wait for everybody."""
@@ -211,7 +220,7 @@ class Pool:
         for member in ready:
             if len(member.jobs) != 1 or schedule.num_waiting < len(ready):
                 continue
-            if member.jobs[0].schedule is not schedule or schedule.is_alone(member.jobs[0].work):
+            if member.jobs[0].until_s is not None or schedule.is_alone(member.jobs[0].work):
                 continue
             if (work := schedule.take(beside=True)) is not None:
                 self._send(member, given, *work)
@@ -223,36 +232,32 @@ class Pool:
             if not member.jobs or now - member.jobs[0].since_s < given.slow_s:
                 continue
             for job in member.jobs:
-                if (
-                    job.schedule is given.schedule
-                    and isinstance(job.work, Node)
-                    and given.schedule.num_running(job.work) == 1
-                ):
+                if job.until_s is None and isinstance(job.work, Node) and given.schedule.num_running(job.work) == 1:
                     self._note(f"{given.stage}: {member.place} is slow at {given.schedule.name(job.work)}; run twice")
                     return given.schedule.copy(job.work)
         return None
 
     def _send(self, member: Member, given: Pass, work: Work, attempt: int) -> None:
-        schedule, keep = given.schedule, None
+        schedule, keep, slices = given.schedule, None, given.num_slices
         if isinstance(work, Part):
             call = member.handle.run.options(num_returns=2)
-            reply, arrays = call.remote(given.stage, given.probe, work.unit, attempt, given.options, None)
+            *arrays, reply = call.remote(given.stage, given.probe, work.unit, attempt, given.options, None, 1)
         elif schedule.is_kept(work):
             keep = given.checkpoints.url(work) if given.checkpoints is not None else None
-            reply, arrays = member.handle.restore.options(num_returns=2).remote(keep)
+            *arrays, reply = member.handle.restore.options(num_returns=slices + 1).remote(keep, slices)
         else:
             keep = given.checkpoints.place(work) if given.checkpoints is not None else None
             if work.level == 0:
-                call = member.handle.run.options(num_returns=2)
+                call = member.handle.run.options(num_returns=slices + 1)
                 unit = schedule.unit(work)
-                reply, arrays = call.remote(given.stage, given.task, unit, attempt, given.options, keep)
+                *arrays, reply = call.remote(given.stage, given.task, unit, attempt, given.options, keep, slices)
             else:
-                call = member.handle.merge.options(num_returns=2)
-                reply, arrays = call.remote(given.merge, *schedule.inputs(work), keep)
-        member.jobs.append(Job(work, schedule, reply, arrays, keep))
+                call = member.handle.merge.options(num_returns=slices + 1)
+                *arrays, reply = call.remote(given.merge, *schedule.inputs(work), keep)
+        member.jobs.append(Job(work, reply, arrays, keep))
 
     def _take_in(self, given: Pass, member: Member, job: Job) -> None:
-        """Take in what came of a job; of an earlier pass' job, only that it has ended."""
+        """Take in what came of a job."""
         if job not in member.jobs:
             return  # its worker was buried meanwhile
         try:
@@ -270,8 +275,6 @@ class Pool:
             self._done(given, job, receipt)
 
     def _done(self, given: Pass, job: Job, receipt: Receipt | None) -> None:
-        if job.schedule is not given.schedule:
-            return
         if not given.schedule.done(job.work, job.arrays, kept=job.keep is not None):
             return
         given.durations_s.append(time.monotonic() - job.since_s)
@@ -281,12 +284,14 @@ class Pool:
             given.on_receipt(receipt)
 
     def _failed(self, given: Pass, member: Member, job: Job, error: ray.exceptions.RayTaskError) -> None:
-        if job.schedule is not given.schedule:
-            return
-        if isinstance(error.cause, ray.exceptions.ObjectLostError):
+        if not given.schedule.wants(job.work):
+            given.schedule.release(job.work)
+        elif isinstance(error.cause, ray.exceptions.ObjectLostError):
             self._input_lost(given, job, error)
         elif isinstance(error.cause, StoreError) and isinstance(job.work, Node) and given.schedule.is_kept(job.work):
             given.schedule.unkept(job.work)
+            if given.checkpoints is not None:
+                given.checkpoints.remove([job.work])
             self._note(f"{given.stage}: a kept sum cannot be read, and is computed again: {error.cause}")
         elif isinstance(error.cause, FisherRayError) and not _tells(job.work, error.cause):
             raise_cause(error)
@@ -297,8 +302,6 @@ class Pool:
                 self._note(f"a piece of work failed on {member.place} and is tried again: {reason(error)}")
 
     def _input_lost(self, given: Pass, job: Job, error: BaseException) -> None:
-        if job.schedule is not given.schedule:
-            return
         self._retry(given)
         if isinstance(job.work, Part) or job.work.level == 0 or given.schedule.is_kept(job.work):
             given.schedule.failed(job.work, reason(error))
@@ -310,7 +313,7 @@ class Pool:
         self._crew.bury(member, error)
         jobs, member.jobs = list(member.jobs), deque()
         for job in jobs:
-            if job.schedule is not given.schedule:
+            if job.until_s is not None:
                 continue
             self._retry(given)
             if len(jobs) > 1:
@@ -344,25 +347,22 @@ class Pool:
                 given.on_excluded(rows)
             given.schedule.resume(node, isolation.cleared())
 
-    def _has_work(self, given: Pass) -> bool:
-        return any(job.schedule is given.schedule for member in self._crew.ready for job in member.jobs)
+    def _has_work(self) -> bool:
+        return any(job.until_s is None for member in self._crew.members for job in member.jobs)
 
-    def _limit_leftovers(self, given: Pass) -> None:
-        """Set a limit to workers that are still at what others have finished."""
-        for member in self._crew.ready:
+    def _limit_leftovers(self, given: Pass, *, everything: bool = False) -> None:
+        """Set a limit to workers that are still at what others have finished, or at anything: a pass that is over."""
+        for member in self._crew.members:
             for job in member.jobs:
-                job.until_s = job.until_s or time.monotonic() + LEFTOVER_S
-
-    def _give_up_leftovers(self, given: Pass) -> None:
-        for member in self._crew.ready:
-            if any(job.until_s is not None and time.monotonic() > job.until_s for job in member.jobs):
-                self._lost(given, member, TimeoutError("it did not answer any more"))
+                if job.until_s is None and (everything or not given.schedule.wants(job.work)):
+                    given.schedule.release(job.work)
+                    job.until_s = time.monotonic() + LEFTOVER_S
 
     def _stream(
         self,
         member: Member,
         task: Callable[..., Any],
-        inputs: Sequence[Ref],
+        inputs: Sequence[Sequence[Ref]],
         threads: int,
         on_item: Callable[[Any], None] | None,
         options: dict[str, Any],

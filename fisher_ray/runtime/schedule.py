@@ -156,6 +156,18 @@ class Schedule:
         """Return how many have a piece of work."""
         return self._running[work]
 
+    def wants(self, work: Work) -> bool:
+        """Whether a piece of work is still to be done, of which nobody has brought the result."""
+        if isinstance(work, Part):
+            return work.node in self._isolations
+        if work in self._open:
+            return True
+        return not self._is_leaf(work) and all(child in self._results for child in self._children(work))
+
+    def release(self, work: Work) -> None:
+        """Take note that nobody waits for somebody's result any more."""
+        self._stop(work)
+
     def done(self, work: Work, result: Any, *, kept: bool = False) -> bool:
         """Keep a result; what it was merged from is let go.
 
@@ -172,7 +184,7 @@ class Schedule:
             if work.node in self._isolations:
                 self._isolations[work.node].passed(work.unit)
             return False
-        if not self._is_wanted(work):
+        if not self.wants(work):
             return False
         self._open.discard(work)
         self._isolations.pop(work, None)
@@ -207,7 +219,7 @@ class Schedule:
         if isinstance(work, Part):
             if work.node in self._isolations:
                 self._isolations[work.node].failed(work.unit, reason)
-        elif self._is_wanted(work):
+        elif self.wants(work) and work not in self._isolations:
             self._failures[work] += 1
             if self._failures[work] < self._max_attempts:
                 self._put_back(work)
@@ -224,7 +236,7 @@ class Schedule:
             self.failed(work, f"its worker died: {reason}")
             return
         self._stop(work)
-        if self._is_wanted(work):
+        if self.wants(work) and work not in self._isolations:
             self._deaths[work] += 1
             if self._deaths[work] < self._max_attempts:
                 self._put_back(work)
@@ -243,7 +255,7 @@ class Schedule:
         if isinstance(work, Part):
             if work.node in self._isolations:
                 self._isolations[work.node].returned(work.unit)
-        elif self._is_wanted(work):
+        elif self.wants(work):
             self._attempts[work] -= 1
             self._put_back(work)
 
@@ -254,7 +266,7 @@ class Schedule:
             WorkersLostError: if it lost them ``max_attempts`` times.
         """
         self._stop(node)
-        if not self._is_wanted(node):
+        if not self.wants(node):
             return []
         self._losses[node] += 1
         if self._losses[node] >= self._max_attempts:
@@ -299,11 +311,6 @@ class Schedule:
     def _is_leaf(self, node: Node) -> bool:
         return node.level == 0 or node in self._kept
 
-    def _is_wanted(self, node: Node) -> bool:
-        if node in self._open:
-            return True
-        return not self._is_leaf(node) and all(child in self._results for child in self._children(node))
-
     def _stop(self, work: Work) -> None:
         self._running[work] -= 1
         if self._running[work] <= 0:
@@ -322,7 +329,7 @@ class Schedule:
         if not self._isolate or node.level or node in self._kept or node in self._isolated:
             return False
         self._isolated.add(node)
-        self._isolations[node] = Isolation(self.unit(node), reason)
+        self._isolations[node] = Isolation(self.unit(node), reason, self._max_attempts)
         return True
 
     def _given_up(self, node: Node, times: int, what: str) -> WorkersLostError:

@@ -54,6 +54,17 @@ def num_columns(config: Config, facts: Facts, rank: int) -> int:
     return num_features(config, facts, rank) + ((facts.hidden or 0) if config.linear.hidden else 0)
 
 
+def moment_bytes(config: Config, facts: Facts) -> int:
+    """Return the size of the sum of the factors' second moments, of the layers that are compressed by them."""
+    layers = plan_compression(config.compression, facts.block_shapes).with_moments
+    return 8 * sum(outputs**2 + inputs**2 for outputs, inputs in (facts.block_shapes[name] for name in layers))
+
+
+def gram_bytes(num_columns: int) -> int:
+    """Return the size of the linear model's Gram matrix."""
+    return 8 * num_columns**2
+
+
 def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     """Return what a run would do: units, memory, bytes and objects, in plain values.
 

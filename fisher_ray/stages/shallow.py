@@ -136,8 +136,8 @@ def fit_ridge(
 
 
 def merge_sums(fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> GramSum:
-    """Add the validation rows' sums to the fitting rows'."""
-    sums = GramSum.from_arrays({name: value.copy() for name, value in fit.items()})
+    """Add the validation rows' sums to the fitting rows', in place where these may be written to."""
+    sums = GramSum.from_arrays({n: value if value.flags.writeable else value.copy() for n, value in fit.items()})
     sums.merge(GramSum.from_arrays(validation))
     return sums
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from fisher_ray.errors import StoreError
-from fisher_ray.storage import Storage
+from fisher_ray.storage import Bytes, Storage
 from fisher_ray.store.chunks import entry, new_chunk, read_chunk, seal_chunk
 from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root, read_sealed
 from fisher_ray.store.layout import ATTRIBUTE, ROOT, SCHEMA, SEAL, Layout, check_layout
@@ -19,6 +21,9 @@ CHUNK_BYTES = 64 * 2**20
 
 def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
     """Write a sealed group; the same input gives the same files. A group of this program at ``url`` is replaced.
+
+    One that is sealed with the same content stays sealed, and only what has changed of it is written, so that a second
+    writer who comes late does no harm.
 
     Args:
         url: a local path or ``s3://``.
@@ -32,19 +37,11 @@ def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, A
     storage, layouts = Storage(url), {name: _layout(name, np.asarray(value)) for name, value in arrays.items()}
     own = {"schema": SCHEMA, "kind": "arrays", "arrays": {name: item.to_json() for name, item in layouts.items()}}
     files = metadata_files(layouts.values(), {**plain(attributes), ATTRIBUTE: own})
+    if storage.exists(SEAL) and storage.read_bytes(SEAL) == _seal(storage, layouts, arrays, files, _pass):
+        _seal(storage, layouts, arrays, files, _mend)
+        return
     _clear(storage)
-    entries = [entry(name, raw) for name, raw in files.items()]
-    for name, raw in files.items():
-        storage.write_bytes(name, raw)
-    for name, layout in layouts.items():
-        value = np.asarray(arrays[name])
-
-        def write(chunk: int, layout: Layout = layout, value: np.ndarray = value) -> dict[str, Any]:
-            return _write_chunk(storage, layout, value, chunk)
-
-        entries += each(storage, write, range(layout.num_chunks))
-    entries.sort(key=lambda item: str(item["key"]))
-    storage.write_bytes(SEAL, pack({"schema": SCHEMA, "kind": "arrays", "files": entries}))
+    storage.write_bytes(SEAL, _seal(storage, layouts, arrays, files, Storage.write_bytes))
 
 
 def load_arrays(url: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -61,6 +58,41 @@ def load_arrays(url: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if sealed is None:
         raise StoreError(f"{url} has no {SEAL}: its writer did not end. Run the job again.")
     return {name: _read(storage, layout) for name, layout in read_layouts(own).items()}, attributes
+
+
+def _seal(
+    storage: Storage,
+    layouts: dict[str, Layout],
+    arrays: dict[str, np.ndarray],
+    files: dict[str, bytes],
+    put: Callable[[Storage, str, Bytes], None],
+) -> bytes:
+    """Put every file of a group, and return what it is sealed with."""
+    entries = [entry(name, raw) for name, raw in files.items()]
+    for name, raw in files.items():
+        put(storage, name, raw)
+    for name, layout in layouts.items():
+        value = np.asarray(arrays[name])
+
+        def chunk_entry(chunk: int, layout: Layout = layout, value: np.ndarray = value) -> dict[str, Any]:
+            data, key = _chunk(layout, value, chunk), layout.key(chunk)
+            put(storage, key, data)
+            return entry(key, data)
+
+        entries += each(storage, chunk_entry, range(layout.num_chunks))
+    entries.sort(key=lambda item: str(item["key"]))
+    return pack({"schema": SCHEMA, "kind": "arrays", "files": entries})
+
+
+def _pass(storage: Storage, key: str, data: Bytes) -> None:
+    """Put nothing: the seal alone is wanted."""
+
+
+def _mend(storage: Storage, key: str, data: Bytes) -> None:
+    with suppress(FileNotFoundError):
+        if storage.read_bytes(key) == data:
+            return
+    storage.write_bytes(key, data)
 
 
 def _layout(name: str, value: np.ndarray) -> Layout:
@@ -95,7 +127,7 @@ def _clear_beginnings(storage: Storage) -> None:
         storage.remove(name)
 
 
-def _write_chunk(storage: Storage, layout: Layout, value: np.ndarray, chunk: int) -> dict[str, Any]:
+def _chunk(layout: Layout, value: np.ndarray, chunk: int) -> Bytes:
     raw, stored = new_chunk(layout)
     if layout.shape:
         rows = layout.rows(chunk)
@@ -103,9 +135,7 @@ def _write_chunk(storage: Storage, layout: Layout, value: np.ndarray, chunk: int
         stored[len(rows) :] = layout.fill
     else:
         stored[...] = value
-    data, key = seal_chunk(layout, raw), layout.key(chunk)
-    storage.write_bytes(key, data)
-    return entry(key, data)
+    return seal_chunk(layout, raw)
 
 
 def _read(storage: Storage, layout: Layout) -> np.ndarray:

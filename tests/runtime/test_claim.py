@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
-from fisher_ray.errors import ClaimedError, StoppedError
+from fisher_ray.errors import ClaimedError, StoppedError, StorageError
 from fisher_ray.journal import CLAIM_FILE
 from fisher_ray.runtime import Claim, claim
+from fisher_ray.storage import Storage
 from tests.integration.processes import wait_for
 from tests.s3_server import s3_server, s3_url
 
@@ -110,6 +112,63 @@ def test_a_removed_claim_stops_its_driver(tmp_path):
         wait_for(lambda: held._loss, 10, "the loss")
         with pytest.raises(ClaimedError, match="its claim was removed"):
             held.check()
+
+
+def test_a_driver_that_was_stopped_for_long_asks_before_it_goes_on(tmp_path):
+    with Claim(str(tmp_path), print, beat_s=60, expiry_s=0.01) as held:  # so that no heartbeat finds out
+        held.check()
+        forge(tmp_path, host="near")
+        time.sleep(0.02)
+        with pytest.raises(ClaimedError, match=r"process 7 on near .* has taken it over"):
+            held.check()
+
+
+def test_a_claim_that_is_not_renewed_any_more_stops_its_driver(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Claim(str(tmp_path), print, beat_s=0.05) as held:
+        monkeypatch.setattr(Claim, "_write", lambda *_: 1 / 0)
+        wait_for(lambda: not held._thread.is_alive(), 10, "the heartbeat's end")
+        with pytest.raises(ClaimedError, match="is not renewed any more"):
+            held.check()
+
+
+def test_a_claim_that_an_interrupted_call_of_this_process_left_behind_is_taken_at_once(tmp_path, monkeypatch):
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(claim.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Claim(str(tmp_path), print).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+    with monkeypatch.context() as patch:  # storage that does not answer at the end
+        patch.setattr(Storage, "remove", refuse)
+        with Claim(str(tmp_path), print):
+            pass
+    assert (tmp_path / CLAIM_FILE).exists()
+    notes: list[str] = []
+    with Claim(str(tmp_path), notes.append):
+        assert notes == []
+
+
+def refuse(self: Storage, name: str) -> None:
+    raise StorageError("no answer")
+
+
+def test_while_storage_is_silent_no_claim_expires(tmp_path, monkeypatch):
+    forge(tmp_path)
+    read = claim._read
+
+    def slow(storage: Storage) -> dict[str, Any] | None:
+        time.sleep(0.5)
+        return read(storage)
+
+    monkeypatch.setattr(claim, "_read", slow)
+    watcher = Claim(str(tmp_path), lambda _: None, beat_s=0.2, expiry_s=1.0)
+    started = time.monotonic()
+    watcher._await_expiry()
+    assert time.monotonic() - started > 3.0  # five looks of 0.2 s, and what they were kept waiting for
 
 
 def race(url: str, beat_s: float) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ from fisher_ray.data import plan_units
 from fisher_ray.errors import ConfigError, DataError, WorkersLostError
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.runtime import Checkpoints, Crew, Pool, Session, passing, pool
+from fisher_ray.runtime.pool import Sum
+from fisher_ray.runtime.slices import join
 from fisher_ray.storage import Storage
+from tests.integration.processes import wait_for
 from tests.integration.runs import digits
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -32,11 +37,20 @@ def workers(output: Path, *overrides: str, notes: list[str] | None = None) -> It
         yield Pool(crew, config, note, lambda: None)
 
 
+def whole(total: Sum) -> dict[str, np.ndarray]:
+    """The sum's arrays, which only tests bring to the driver."""
+    return join(ray.get(total.refs))
+
+
 def rows(bench: Any, unit: Unit, attempt: int, *, folder: str) -> tuple[Receipt, dict[str, np.ndarray]]:
     """The sum of the unit's rows, and a file that says that it was computed."""
     wanted = [row for row in range(unit.start, unit.stop) if row not in dict(unit.excluded)]
     Path(folder, f"{unit.start}-{unit.stop}-{attempt}-{os.getpid()}").touch()
-    return Receipt(unit, attempt, skipped=dict(unit.excluded)), {"sum": np.array(float(sum(wanted)))}
+    total = float(sum(wanted))
+    return Receipt(unit, attempt, skipped=dict(unit.excluded)), {
+        "sum": np.array(total),
+        "matrix": np.outer(np.arange(1.0, 6), [1, total]),
+    }
 
 
 def hanging_first(bench: Any, unit: Unit, attempt: int, *, folder: str) -> tuple[Receipt, Any]:
@@ -82,7 +96,7 @@ def test_every_unit_is_heard_of_once_and_sums_are_whole(tmp_path):
     with workers(tmp_path / "run") as given:
         units = plan_units(50, 7)
         given.map("features", rows, units, lambda receipt: heard.append(receipt.unit.index), folder=str(tmp_path))
-        total = ray.get(given.reduce("metric", rows, units, lambda _: None, folder=str(tmp_path)).ref)
+        total = whole(given.reduce("metric", rows, units, lambda _: None, folder=str(tmp_path)))
     assert sorted(heard) == list(range(8))
     assert total["sum"] == sum(range(50))
 
@@ -114,17 +128,110 @@ def test_a_straggler_is_run_twice_and_its_worker_given_up_if_it_stays_away(tmp_p
         (tmp_path / "go").touch()
 
 
+def stopping(bench: Any, unit: Unit, attempt: int, *, folder: str) -> tuple[Receipt, Any]:
+    """As :func:`rows`; but the first unit's first attempt stops its process, and with it whatever else that has."""
+    if unit.start == 0 and attempt == 1:
+        Path(folder, "stopped").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.1)
+    return rows(bench, unit, attempt, folder=folder)
+
+
+def test_both_units_of_a_worker_that_hangs_are_run_by_others_and_it_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(passing, "STRAGGLER_S", 1.0)
+    monkeypatch.setattr(pool, "LEFTOVER_S", 2.0)
+    heard: list[int] = []
+    notes: list[str] = []
+    with workers(tmp_path / "run", notes=notes) as given:
+        units = plan_units(12, 1)
+        given.map("features", stopping, units, lambda receipt: heard.append(receipt.unit.index), folder=str(tmp_path))
+        assert sorted(heard) == list(range(12))
+        os.kill(int((tmp_path / "stopped").read_text()), signal.SIGCONT)
+        slow = [note for note in notes if "run twice" in note]
+        assert len(slow) == len(set(slow)) == 2
+
+
+def slowly(bench: Any, left: dict[str, Any], right: dict[str, Any], *, folder: str) -> dict[str, Any]:
+    """Adds; but the first of all merges waits for a file."""
+    with suppress(FileExistsError):
+        Path(folder, "first").touch(exist_ok=False)
+        while not Path(folder, "go").exists():
+            time.sleep(0.05)
+    return {name: value + right[name] for name, value in left.items()}
+
+
+def test_a_merge_that_hangs_is_run_by_another_and_its_worker_free_again_when_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(passing, "STRAGGLER_S", 1.0)
+    notes: list[str] = []
+    with workers(tmp_path / "run", notes=notes) as given:
+        merge = partial(slowly, folder=str(tmp_path))
+        total = given.reduce("metric", rows, plan_units(3, 1), lambda _: None, merge=merge, folder=str(tmp_path))
+        assert whole(total)["sum"] == 3
+        assert len([note for note in notes if "is slow at merging sums" in note]) == 1
+        (tmp_path / "go").touch()
+        crew = given._crew
+        wait_for(lambda: (crew.wait(0.1), all(not member.jobs for member in crew.members))[1], 30, "the first's end")
+        assert given.solo(count, total, threads=1) == 2
+
+
+def endless(bench: Any, unit: Unit, attempt: int, *, folder: str, poison: list[int]) -> tuple[Receipt, Any]:
+    """As :func:`rows`; but a poisonous row takes for ever."""
+    while set(poison) & set(range(unit.start, unit.stop)) - set(dict(unit.excluded)):
+        time.sleep(0.1)
+    return rows(bench, unit, attempt, folder=folder)
+
+
+def test_a_row_that_takes_for_ever_is_found_where_units_have_a_limit(tmp_path):
+    asked = ["data.on_error=skip", "runtime.max_attempts=1", "runtime.unit_timeout_s=1.5"]
+    excluded: dict[int, str] = {}
+    with workers(tmp_path / "run", *asked) as given:
+        total = whole(
+            given.reduce(
+                "metric", endless, plan_units(8, 4), lambda _: None, probe=endless, on_excluded=excluded.update,
+                folder=str(tmp_path), poison=[6],
+            )
+        )  # fmt: skip
+    assert total["sum"] == sum(range(8)) - 6
+    assert [*excluded] == [6]
+    assert "did not answer" in excluded[6]
+
+
+def count(bench: Any, sums: dict[str, np.ndarray]) -> int:
+    """How many arrays there are."""
+    return len(sums)
+
+
+def test_workers_that_die_without_work_are_noticed_and_replaced(tmp_path):
+    notes: list[str] = []
+    with workers(tmp_path / "run", "runtime.max_attempts=1", notes=notes) as given:
+        total = given.reduce("metric", rows, plan_units(4, 1), lambda _: None, folder=str(tmp_path))
+        for member in given._crew.ready:
+            os.kill(member.place.pid, signal.SIGKILL)
+        lost = lambda: [note for note in notes if note.startswith("lost the worker")]  # noqa: E731
+        wait_for(lambda: (given._crew.wait(0.1), len(lost()) == 2)[1], 30, "news of two deaths")
+        assert given.solo(count, total, threads=1) == 2
+
+
+def test_a_worker_that_is_lost_after_long_work_has_its_time_to_come_back(tmp_path):
+    with workers(tmp_path / "run", "runtime.num_workers=1", "runtime.wait_s=60") as given:
+        given.wait_until_ready()
+        given._crew._last_seen_s -= 3600  # so long did a step that is done once take
+        os.kill(given._crew.ready[0].place.pid, signal.SIGKILL)
+        total = given.reduce("metric", rows, plan_units(4, 1), lambda _: None, folder=str(tmp_path))
+        assert whole(total)["sum"] == 6
+
+
 @pytest.mark.parametrize(("task", "why"), [(deadly, "its worker died"), (failing, "ZeroDivisionError")])
 def test_a_poisonous_row_is_found_and_left_out(task, why, tmp_path):
     skipped: dict[int, str] = {}
     notes: list[str] = []
     with workers(tmp_path / "run", "data.on_error=skip", "runtime.max_attempts=1", notes=notes) as given:
         units = plan_units(64, 8)
-        total = ray.get(
+        total = whole(
             given.reduce(
                 "metric", task, units, lambda receipt: skipped.update(receipt.skipped), probe=task,
                 folder=str(tmp_path), poison=[37],
-            ).ref
+            )
         )  # fmt: skip
     assert total["sum"] == sum(range(64)) - 37
     assert list(skipped) == [37]
@@ -180,8 +287,31 @@ def test_an_error_of_the_programs_own_comes_back_as_it_is(tmp_path):
         given.map("features", refusing, plan_units(2, 1), lambda _: None)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, tmp_path):
+def sized(bench: Any, unit: Unit, attempt: int) -> tuple[Receipt, dict[str, np.ndarray]]:
+    """Arrays of 1 MB, and a small one."""
+    return Receipt(unit, attempt), {"large": np.full((1000, 125), float(unit.index)), "small": np.array([1, 2])}
+
+
+def largest(bench: Any, sums: dict[str, np.ndarray]) -> list[float]:
+    """What a step that is done once makes of a sum."""
+    return [float(sums["large"].min()), float(sums["large"].max()), *map(float, sums["small"])]
+
+
+def test_a_large_sum_lies_in_slices(tmp_path):
+    with workers(tmp_path / "run") as given:
+        total = given.reduce("linear", sized, plan_units(5, 1), lambda _: None, num_slices=4)
+        slices = ray.get(total.refs)
+        assert [part["large"].shape for part in slices] == [(250, 125)] * 4
+        assert given.solo(largest, total, threads=1) == [10.0, 10.0, 5.0, 10.0]
+
+
+def test_only_sums_that_are_added_are_cut(tmp_path):
+    with workers(tmp_path / "run") as given, pytest.raises(ValueError, match="merged by slices"):
+        given.reduce("metric", sized, plan_units(2, 1), lambda _: None, merge=lambda _, left, right: left, num_slices=2)
+
+
+@pytest.mark.parametrize(("damaged", "num_slices"), [(False, 1), (True, 1), (False, 3)])
+def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, num_slices, tmp_path):
     units, checkpoints = plan_units(22, 1), Checkpoints(Storage(str(tmp_path / "run")), "metric/all", 4)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
@@ -191,9 +321,10 @@ def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, tm
         if receipt.unit.index == 15:
             raise KeyboardInterrupt
 
+    kept_on: dict[str, Any] = {"checkpoints": checkpoints, "num_slices": num_slices}
     with workers(tmp_path / "run", notes=notes) as given:
         with pytest.raises(KeyboardInterrupt):
-            given.reduce("metric", rows, units, interrupt, checkpoints=checkpoints, folder=str(first))
+            given.reduce("metric", rows, units, interrupt, **kept_on, folder=str(first))
         kept = checkpoints.found()
         assert kept
         num_kept = sum(2**node.level for node in kept)
@@ -201,10 +332,9 @@ def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, tm
             chunk = next(path for path in (tmp_path / "run/sums").rglob("c*") if path.is_file())
             chunk.write_bytes(chunk.read_bytes()[:-1])
     with workers(tmp_path / "run", notes=notes) as given:
-        total = ray.get(
-            given.reduce("metric", rows, units, lambda _: None, checkpoints=checkpoints, folder=str(second)).ref
-        )
+        total = whole(given.reduce("metric", rows, units, lambda _: None, **kept_on, folder=str(second)))
     assert total["sum"] == sum(range(22))
+    assert total["matrix"].tolist() == [[22 * i, i * sum(range(22))] for i in range(1, 6)]
     assert f"metric: the sums of {num_kept} of 22 units are there already" in notes
     again = {int(path.name.split("-")[0]) for path in second.iterdir()}
     if damaged:

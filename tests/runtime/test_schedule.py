@@ -25,6 +25,9 @@ def work_through(
     while not schedule.finished:
         if chance.random() < stop:
             return None
+        for leftover in [item for item in running if not schedule.wants(item[0])]:
+            schedule.release(leftover[0])
+            running.remove(leftover)
         while len(running) < num_workers:
             if (work := schedule.take()) is None and running and chance.random() < trouble:
                 node = chance.choice(running)[0]
@@ -32,11 +35,7 @@ def work_through(
             if work is None:
                 break
             merges = work[0].level and not schedule.is_kept(work[0])
-            try:
-                running.append((work[0], schedule.inputs(work[0]) if merges else None))
-            except KeyError:  # a copy whose first has been done, or lost, meanwhile
-                schedule.returned(work[0])
-                break
+            running.append((work[0], schedule.inputs(work[0]) if merges else None))
         assert running, "nothing runs, nothing is ready, and it is not finished"
         node, inputs = running.pop(chance.randrange(len(running)))
         if chance.random() < trouble:
@@ -132,6 +131,44 @@ def test_a_unit_that_fails_although_each_of_its_rows_does_not_is_an_error():
     schedule.failed(schedule.take()[0], "out of luck")
     with pytest.raises(DataError, match="failed 2 times"):
         schedule.failed(schedule.take()[0], "out of luck")
+
+
+def test_a_copy_of_what_is_done_is_not_wanted_any_more():
+    schedule = Schedule(plan_units(2, 1), 3, merge=True)
+    for _ in range(2):
+        schedule.done(schedule.take()[0], "unit")
+    merge, _ = schedule.take()
+    schedule.copy(merge)
+    assert schedule.wants(merge)
+    schedule.done(merge, "sum")
+    assert not schedule.wants(merge)
+    schedule.release(merge)
+    assert schedule.num_running(merge) == 0
+
+
+@pytest.mark.parametrize("how", ["failed", "died"])
+def test_a_unit_under_suspicion_may_fail_once_more_in_other_hands(how):
+    schedule = Schedule([Unit(0, 0, 8)], 1, merge=True, isolate=True)
+    node, _ = schedule.take()
+    schedule.copy(node)
+    getattr(schedule, how)(node, "first")
+    getattr(schedule, how)(node, "second")
+    part, _ = schedule.take()
+    assert part == Part(node, Unit(0, 0, 4))
+
+
+def test_a_row_is_not_blamed_for_one_machine_that_was_lost():
+    schedule = Schedule([Unit(0, 0, 2)], 2, merge=True, isolate=True)
+    for _ in range(2):
+        schedule.died(schedule.take()[0], "lost")
+    tried = [schedule.take()[0] for _ in range(2)]
+    schedule.died(tried[0], "lost")
+    schedule.done(tried[1], None)
+    again, _ = schedule.take()
+    assert again == tried[0]
+    schedule.done(again, None)
+    ((_, isolation),) = schedule.concluded()
+    assert isolation.rows == {}
 
 
 @given(st.integers(1, 23))

@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 
+from fisher_ray.runtime.slices import cut, join
 from fisher_ray.runtime.worker import Worker
 
 
@@ -13,26 +15,33 @@ def a_worker():
     return worker
 
 
-def test_merging_adds_every_sum_and_drops_none():
+@pytest.fixture
+def refs(monkeypatch):
+    """References are what they refer to."""
+    monkeypatch.setattr(ray, "get", lambda found: found)
+
+
+def test_merging_adds_every_sum_and_drops_none(refs):
     left, right = {"a": np.ones(2), "b": np.ones(())}, {"a": np.full(2, 3.0), "b": np.zeros(())}
 
-    nothing, merged = a_worker().merge(None, left, right, None)
+    merged, nothing = a_worker().merge(None, [left], [right], None)
     assert nothing is None
     assert (merged["a"].tolist(), float(merged["b"])) == ([4.0, 4.0], 1.0)
     for first, second in ((left, {"a": right["a"]}), ({"a": left["a"]}, right)):
         with pytest.raises(ValueError, match="do not merge"):
-            a_worker().merge(None, first, second, None)
+            list(a_worker().merge(None, [first], [second], None))
 
 
-def test_a_merge_of_its_own_gets_the_workbench():
+def test_a_merge_of_its_own_gets_the_workbench(refs):
     worker = a_worker()
-    _, merged = worker.merge(lambda *given: {"given": given}, {"a": 1}, {"a": 2}, None)
+    merged, _ = worker.merge(lambda *given: {"given": given}, [{"a": 1}], [{"a": 2}], None)
     assert merged == {"given": (worker._bench, {"a": 1}, {"a": 2})}
 
 
-def test_what_is_kept_is_read_back_as_it_was(tmp_path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_is_kept_is_read_back_as_it_was(number, refs, tmp_path):
     left, right = {"a": np.arange(3.0)}, {"a": np.full(3, 0.1)}
-    _, merged = a_worker().merge(None, left, right, str(tmp_path / "sum.zarr"))
-    _, restored = a_worker().restore(str(tmp_path / "sum.zarr"))
-    assert restored.keys() == merged.keys()
-    assert restored["a"].tobytes() == merged["a"].tobytes()
+    *merged, _ = a_worker().merge(None, cut(left, number), cut(right, number), str(tmp_path / "sum.zarr"))
+    *restored, _ = a_worker().restore(str(tmp_path / "sum.zarr"), number)
+    assert join(restored).keys() == join(merged).keys()
+    assert join(restored)["a"].tobytes() == join(merged)["a"].tobytes() == (left["a"] + right["a"]).tobytes()

@@ -60,6 +60,25 @@ def test_a_group_is_replaced_whole(tmp_path):
     assert verify(str(tmp_path)) == []
 
 
+def test_the_same_content_again_leaves_the_seal_and_mends_what_has_changed(tmp_path, monkeypatch):
+    save_arrays(str(tmp_path), SOME, {"x": 1})
+    good = snapshot(str(tmp_path))
+    changed, missing = tmp_path / "eigvals/c/0", tmp_path / "pairs/c/0/0"
+    changed.write_bytes(bytes(len(changed.read_bytes())))
+    missing.unlink()
+    touched, write = [], Storage.write_bytes
+
+    def noted(storage, name, data):
+        touched.append(name)
+        write(storage, name, data)
+
+    monkeypatch.setattr(Storage, "remove", lambda *_: pytest.fail("something was removed"))
+    monkeypatch.setattr(Storage, "write_bytes", noted)
+    save_arrays(str(tmp_path), SOME, {"x": 1})
+    assert sorted(touched) == sorted(path.relative_to(tmp_path).as_posix() for path in (changed, missing))
+    assert snapshot(str(tmp_path)) == good
+
+
 @pytest.mark.parametrize("num_calls", range(16))
 def test_a_replacement_that_fails_anywhere_is_refused_and_can_be_repeated(tmp_path, monkeypatch, num_calls):
     save_arrays(str(tmp_path), {"old": np.ones(9)}, {})
