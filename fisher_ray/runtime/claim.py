@@ -71,7 +71,7 @@ class Claim:
             self._write(self._storage)
             time.sleep(SETTLE_S[self._storage.remote])
             holder = _read(self._storage)
-            self._sure_s = time.monotonic()
+            self._sure_s = _awake_or_not_s()
             if not self._is_mine(holder):
                 raise ClaimedError(self._refusal(holder))
             self._thread.start()
@@ -103,7 +103,7 @@ class Claim:
             ClaimedError: if another driver has taken it over, or somebody has removed it, or the heartbeat has ended.
             StorageError: if the heart has not beaten for long, and storage does not say whose claim it is.
         """
-        if not self._loss and time.monotonic() - self._sure_s > self._expiry_s:  # as after the process was stopped
+        if not self._loss and _awake_or_not_s() - self._sure_s > self._expiry_s:  # as after the machine slept
             self._make_sure(self._storage)
         if self._loss:
             raise ClaimedError(self._loss)
@@ -141,7 +141,7 @@ class Claim:
 
     def _make_sure(self, storage: Storage) -> bool:
         """Read whose the claim is."""
-        asked_s, holder = time.monotonic(), _read(storage)
+        asked_s, holder = _awake_or_not_s(), _read(storage)
         if self._is_mine(holder):
             self._sure_s = asked_s
             return True
@@ -164,6 +164,11 @@ class Claim:
             f"{self._storage.url}: {who} works on this run. Wait for its end, stop it, or give another output; if it "
             f"is dead, its claim expires {self._expiry_s:.0f} s after its last sign of life."
         )
+
+
+def _awake_or_not_s() -> float:
+    """Seconds since the machine started, those in which it slept included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _read(storage: Storage) -> dict[str, Any] | None:

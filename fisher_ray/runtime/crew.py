@@ -27,6 +27,10 @@ LOOK_S = 5.0
 """How often the cluster is asked whether it has grown or shrunk."""
 MAX_FAILED_STARTS = 10
 """Workers that may end while they start, one after the other and with none alive, before the run stops."""
+MAX_PAUSE_S = 60.0
+"""How long at most no worker is started after one that ended while it started; 2 s at first. None with none alive."""
+ANSWER_S = 30.0
+"""How long a worker without work may take to answer."""
 SILENT = "it did not answer any more"
 NOTE_AFTER_S = 15.0
 """How long there may be no worker before the user is told."""
@@ -38,6 +42,7 @@ class Job:
 
     Attributes:
         work: which.
+        kind: ``unit``, ``merge``, ``kept`` or ``part``: durations of one kind are alike.
         reply: will be its receipt.
         arrays: will be its result, in slices.
         keep: where the result is kept on storage too.
@@ -47,6 +52,7 @@ class Job:
     """
 
     work: Work
+    kind: str
     reply: Ref
     arrays: list[Ref]
     keep: str | None = None
@@ -98,7 +104,7 @@ class Crew:
         self._target, self._gpus = 0, 0.0
         self._looked_s = self._last_seen_s = time.monotonic()
         self._last_death = ""
-        self._failed_starts = 0
+        self._failed_starts, self._pause_until_s = 0, 0.0
         self._waiting_noted = False
 
     @property
@@ -139,7 +145,7 @@ class Crew:
             self._follow(num_workers(self._config, self._gpus))
         if not self._members:
             self._last_seen_s = time.monotonic()
-        while len(self._members) < self._target:
+        while len(self._members) < self._target and (not self._members or time.monotonic() >= self._pause_until_s):
             self._members.append(self._start())
 
     def any_idle(self, check: Callable[[], None]) -> Member:
@@ -148,12 +154,13 @@ class Crew:
         Raises:
             WorkersLostError: if there was none for ``runtime.wait_s``.
         """
+        self.top_up()
         while True:
             check()
-            self.top_up()
             for member in self.ready:
-                if not member.jobs:
+                if not member.jobs and self._answers(member):
                     return member
+            self.top_up()
             self.wait(1.0)
             for member in self.expired():
                 self.bury(member, TimeoutError(SILENT))
@@ -210,6 +217,8 @@ class Crew:
             self._note(f"lost the worker on {member.place}; starting another")
             return
         self._failed_starts += 1
+        if self.ready:
+            self._pause_until_s = time.monotonic() + min(MAX_PAUSE_S, 2.0**self._failed_starts)
         self._note(f"a worker ended while it started: {self._last_death}")
         if self._failed_starts >= MAX_FAILED_STARTS and not self.ready:
             raise WorkersLostError(
@@ -236,9 +245,11 @@ class Crew:
 
     def _start(self) -> Member:
         options = actor_options(self._config, self._gpus, self._session.worker_environment())
-        actor: Any = ray.remote(Worker)
-        handle = actor.options(max_concurrency=IN_FLIGHT, concurrency_groups={LIFE: 1}, **options).remote(
-            self._config, self._facts, self._config.runtime.cpus_per_worker, self._gpus > 0
+        remote: Any = ray.remote
+        handle = (
+            remote(concurrency_groups={LIFE: 1})(Worker)
+            .options(max_concurrency=IN_FLIGHT, **options)
+            .remote(self._config, self._facts, self._config.runtime.cpus_per_worker, self._gpus > 0)
         )
         return Member(handle, handle.ready.remote(), handle.live.options(concurrency_group=LIFE).remote())
 
@@ -248,9 +259,22 @@ class Crew:
             member.place, member.starting = place, None
             self._failed_starts = 0
         except ray.exceptions.RayTaskError as error:
-            raise_cause(error)
+            if not self.ready:
+                raise_cause(error)
+            self.bury(member, error)
         except ray.exceptions.RayError as error:
             self.bury(member, error)
+
+    def _answers(self, member: Member) -> bool:
+        """Ask a worker that is to do a step alone whether it lives, which is not known for a while after its end."""
+        ref = member.handle.ready.remote()
+        came, _ = ray.wait([ref], timeout=ANSWER_S)
+        try:
+            ray.get(came or ref, timeout=0)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            self.bury(member, error)
+            return False
+        return True
 
     def _ended(self, member: Member) -> None:
         """Take note that a worker is dead; it is buried when what has become of its work has been seen."""
@@ -258,6 +282,7 @@ class Crew:
             ray.get(member.life)
         except ray.exceptions.RayError as error:
             member.death = error
+            self._last_seen_s = time.monotonic()
 
     def _check_alive(self) -> None:
         if self.ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,8 +36,9 @@ class Pass:
         checkpoints: which sums are kept on storage; None for none.
         on_excluded: hears of rows that fail by themselves, without which the pass goes on.
         num_slices: into which every sum is cut.
-        durations_s: of the last pieces of work.
+        durations_s: of the last pieces of work, by kind.
         failure: what the pass ends with, once nothing is running.
+        failed_s: since when that is known.
     """
 
     stage: str
@@ -49,12 +51,19 @@ class Pass:
     checkpoints: Checkpoints | None = None
     on_excluded: Callable[[dict[int, str]], None] = lambda rows: None
     num_slices: int = 1
-    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    durations_s: dict[str, deque[float]] = field(default_factory=dict)
     failure: FisherRayError | None = None
+    failed_s: float = 0.0
 
-    @property
-    def slow_s(self) -> float:
-        """After how many seconds a piece of work is given to a second worker too."""
-        if not self.durations_s:
-            return float("inf")
-        return max(STRAGGLER_S, STRAGGLER_RATIO * statistics.median(self.durations_s))
+    def fail(self, failure: FisherRayError) -> None:
+        """Take note that the pass cannot end well; what is under way may end before."""
+        self.failure, self.failed_s = failure, time.monotonic()
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Take note of how long a piece of work took."""
+        self.durations_s.setdefault(kind, deque(maxlen=101)).append(seconds)
+
+    def slow_s(self, kind: str) -> float:
+        """After how many seconds a piece of work is given to a second worker too, by those of its kind, if any."""
+        known = self.durations_s.get(kind) or [seconds for found in self.durations_s.values() for seconds in found]
+        return max(STRAGGLER_S, STRAGGLER_RATIO * statistics.median(known)) if known else float("inf")

@@ -198,7 +198,7 @@ class Pool:
                 self._crew.top_up()
                 if given.failure is None:
                     self._assign(given)
-                elif not self._has_work():
+                elif not self._has_work() or time.monotonic() > given.failed_s + LEFTOVER_S:
                     raise given.failure
                 self._metrics.show(given.stage, given.schedule.num_waiting, len(self._crew.ready))
                 for member, job in self._crew.wait(POLL_S):
@@ -229,9 +229,9 @@ class Pool:
         """Return a piece of work that one worker has had for long, to be done by another too."""
         now = time.monotonic()
         for member in self._crew.ready:
-            if not member.jobs or now - member.jobs[0].since_s < given.slow_s:
-                continue
             for job in member.jobs:
+                if now - member.jobs[0].since_s < given.slow_s(job.kind):
+                    continue
                 if job.until_s is None and isinstance(job.work, Node) and given.schedule.num_running(job.work) == 1:
                     self._note(f"{given.stage}: {member.place} is slow at {given.schedule.name(job.work)}; run twice")
                     return given.schedule.copy(job.work)
@@ -240,21 +240,22 @@ class Pool:
     def _send(self, member: Member, given: Pass, work: Work, attempt: int) -> None:
         schedule, keep, slices = given.schedule, None, given.num_slices
         if isinstance(work, Part):
-            call = member.handle.run.options(num_returns=2)
+            kind, call = "part", member.handle.run.options(num_returns=2)
             *arrays, reply = call.remote(given.stage, given.probe, work.unit, attempt, given.options, None, 1)
         elif schedule.is_kept(work):
             keep = given.checkpoints.url(work) if given.checkpoints is not None else None
-            *arrays, reply = member.handle.restore.options(num_returns=slices + 1).remote(keep, slices)
+            kind, call = "kept", member.handle.restore.options(num_returns=slices + 1)
+            *arrays, reply = call.remote(keep, slices)
         else:
             keep = given.checkpoints.place(work) if given.checkpoints is not None else None
             if work.level == 0:
-                call = member.handle.run.options(num_returns=slices + 1)
+                kind, call = "unit", member.handle.run.options(num_returns=slices + 1)
                 unit = schedule.unit(work)
                 *arrays, reply = call.remote(given.stage, given.task, unit, attempt, given.options, keep, slices)
             else:
-                call = member.handle.merge.options(num_returns=slices + 1)
+                kind, call = "merge", member.handle.merge.options(num_returns=slices + 1)
                 *arrays, reply = call.remote(given.merge, *schedule.inputs(work), keep)
-        member.jobs.append(Job(work, reply, arrays, keep))
+        member.jobs.append(Job(work, kind, reply, arrays, keep))
 
     def _take_in(self, given: Pass, member: Member, job: Job) -> None:
         """Take in what came of a job."""
@@ -277,7 +278,7 @@ class Pool:
     def _done(self, given: Pass, job: Job, receipt: Receipt | None) -> None:
         if not given.schedule.done(job.work, job.arrays, kept=job.keep is not None):
             return
-        given.durations_s.append(time.monotonic() - job.since_s)
+        given.took(job.kind, time.monotonic() - job.since_s)
         if job.keep is not None and isinstance(job.work, Node) and given.checkpoints is not None:
             given.checkpoints.remove(given.schedule.superseded(job.work))
         if receipt is not None:
@@ -329,22 +330,22 @@ class Pool:
         """Go on with a unit whose rows have been looked at, or end the pass with what was found."""
         name, rows = given.schedule.name(node), isolation.rows
         if isolation.hopeless:
-            given.failure = DataError(
+            why = (
                 f"{name} failed again and again, and so do {len(rows)} of its rows by themselves, so it is not they "
                 f"that are to blame. The last time: {isolation.reason}"
             )
+            given.fail(DataError(why))
         elif rows and self._on_error != "skip":
             row, why = next(iter(rows.items()))
             others = f" ({len(rows) - 1} more rows do too: {[*rows][1:]})" if len(rows) > 1 else ""
-            given.failure = DataError(
-                f"{name}: row {row} fails by itself{others}: {why}. Correct it, or leave such rows out with "
-                "data.on_error: skip.",
-                row=row,
-            )
+            what = f"{name}: row {row} fails by itself{others}: {why}."
+            given.fail(DataError(f"{what} Correct it, or leave such rows out with data.on_error: skip.", row=row))
         else:
             if rows:
                 self._note(f"{given.stage}: {name} goes on without the rows that fail by themselves: {[*rows]}")
                 given.on_excluded(rows)
+            for job in [job for member in self._crew.members for job in member.jobs if job.work == node]:
+                self._abandon(given, job)  # it has the rows still
             given.schedule.resume(node, isolation.cleared())
 
     def _has_work(self) -> bool:
@@ -354,9 +355,13 @@ class Pool:
         """Set a limit to workers that are still at what others have finished, or at anything: a pass that is over."""
         for member in self._crew.members:
             for job in member.jobs:
-                if job.until_s is None and (everything or not given.schedule.wants(job.work)):
-                    given.schedule.release(job.work)
-                    job.until_s = time.monotonic() + LEFTOVER_S
+                if everything or not given.schedule.wants(job.work):
+                    self._abandon(given, job)
+
+    def _abandon(self, given: Pass, job: Job) -> None:
+        if job.until_s is None:
+            given.schedule.release(job.work)
+            job.until_s = time.monotonic() + LEFTOVER_S
 
     def _stream(
         self,

@@ -57,6 +57,7 @@ class Session:
         if ray.is_initialized():
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # a failed unit's arrays are never asked for
         with _own_sigterm():
             self._init()
         self._own = True

@@ -40,7 +40,8 @@ def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, A
     if storage.exists(SEAL) and storage.read_bytes(SEAL) == _seal(storage, layouts, arrays, files, _pass):
         _seal(storage, layouts, arrays, files, _mend)
         return
-    _clear(storage)
+    if storage.exists(SEAL) or not storage.exists(ROOT) or storage.read_bytes(ROOT) != files[ROOT]:
+        _clear(storage)
     storage.write_bytes(SEAL, _seal(storage, layouts, arrays, files, Storage.write_bytes))
 
 

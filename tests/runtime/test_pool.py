@@ -205,11 +205,12 @@ def test_workers_that_die_without_work_are_noticed_and_replaced(tmp_path):
     notes: list[str] = []
     with workers(tmp_path / "run", "runtime.max_attempts=1", notes=notes) as given:
         total = given.reduce("metric", rows, plan_units(4, 1), lambda _: None, folder=str(tmp_path))
+        wait_for(lambda: (given._crew.wait(0.1), len(given._crew.ready) == 2)[1], 60, "both workers")
         for member in given._crew.ready:
             os.kill(member.place.pid, signal.SIGKILL)
         lost = lambda: [note for note in notes if note.startswith("lost the worker")]  # noqa: E731
-        wait_for(lambda: (given._crew.wait(0.1), len(lost()) == 2)[1], 30, "news of two deaths")
         assert given.solo(count, total, threads=1) == 2
+        wait_for(lambda: (given._crew.wait(0.1), len(lost()) == 2)[1], 30, "news of two deaths")
 
 
 def test_a_worker_that_is_lost_after_long_work_has_its_time_to_come_back(tmp_path):

@@ -79,6 +79,25 @@ def test_the_same_content_again_leaves_the_seal_and_mends_what_has_changed(tmp_p
     assert snapshot(str(tmp_path)) == good
 
 
+def test_two_who_write_the_same_at_once_leave_it_whole(tmp_path, monkeypatch):
+    write, begun = Storage.write_bytes, []
+
+    def joined(storage, name, data):
+        if name == "pairs/c/0/0" and not begun:  # the other comes in the middle, and is killed
+            begun.append(name)
+            with pytest.raises(StorageError):
+                save_arrays(str(tmp_path), SOME, {})
+        elif name == "pairs/c/0/0" and len(begun) == 1:
+            begun.append(name)
+            raise StorageError("killed")
+        write(storage, name, data)
+
+    monkeypatch.setattr(Storage, "write_bytes", joined)
+    save_arrays(str(tmp_path), SOME, {})
+    assert len(begun) == 2
+    assert verify(str(tmp_path)) == []
+
+
 @pytest.mark.parametrize("num_calls", range(16))
 def test_a_replacement_that_fails_anywhere_is_refused_and_can_be_repeated(tmp_path, monkeypatch, num_calls):
     save_arrays(str(tmp_path), {"old": np.ones(9)}, {})
