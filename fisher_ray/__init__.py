@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from fisher_ray.gradients import class_scores, per_sample_gradients
     from fisher_ray.metric import LowRankMetric
     from fisher_ray.pipeline import run
+    from fisher_ray.runtime.datasets import to_ray_dataset
     from fisher_ray.store import FeatureStore, open_features
+    from fisher_ray.store.torch_dataset import FeatureDataset
 
 __version__ = "0.1.0"
 
@@ -44,6 +46,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "FeatureDataset",
     "FeatureStore",
     "FisherClassifier",
     "FisherRayError",
@@ -63,6 +66,7 @@ __all__ = [
     "per_sample_gradients",
     "project",
     "run",
+    "to_ray_dataset",
     "train_linear",
     "write_features",
 ]
@@ -81,7 +85,9 @@ _ROOMS = {
     "gradients": ("class_scores", "per_sample_gradients"),
     "metric": ("LowRankMetric",),
     "pipeline": ("run",),
+    "runtime.datasets": ("to_ray_dataset",),
     "store": ("FeatureStore", "open_features"),
+    "store.torch_dataset": ("FeatureDataset",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

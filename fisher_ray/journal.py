@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -192,6 +192,19 @@ def read_run(storage: Storage) -> dict[str, Any]:
     if document is None:
         raise ConfigError(f"{storage.url} is no run folder: it has no {RUN_FILE}. Check the URL.")
     return document
+
+
+def reopen(storage: Storage, stages: Iterable[str]) -> None:
+    """Have the next start of a run do stages again that are sealed; what they find finished they keep.
+
+    Raises:
+        ConfigError: if there is no run.
+    """
+    document = read_run(storage)
+    for stage in stages:
+        if stage in document["stages"]:
+            document["stages"][stage]["sealed"] = False
+    storage.write_bytes(RUN_FILE, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
 
 def refuse_foreign(storage: Storage) -> None:

@@ -24,8 +24,8 @@ from fisher_ray.errors import ConfigError, StorageError
 T = TypeVar("T")
 Bytes = bytes | bytearray | memoryview
 
-RETRY_S = 60.0
-"""How long transient failures are retried, in seconds, before :class:`StorageError`."""
+RETRY_S = float(os.environ.get("FISHER_RAY_RETRY_S", "60"))
+"""How long transient failures are retried, in seconds, before :class:`StorageError`; from the environment."""
 PARTIAL = ".partial"
 """Ending of files whose writer has not finished, or was killed."""
 

@@ -17,6 +17,7 @@ from fisher_ray.cli.exits import error_exits
 from fisher_ray.errors import StoreError
 
 if TYPE_CHECKING:
+    from fisher_ray import store
     from fisher_ray.config import Config
 
 Until = Literal["base", "metric", "features", "linear", "report"] | None
@@ -24,6 +25,12 @@ Until = Literal["base", "metric", "features", "linear", "report"] | None
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration, a YAML file.")]
 ConfigOption = Annotated[Path, typer.Option("--config", metavar="PATH", help="Configuration, a YAML file.")]
 UrlArgument = Annotated[str, typer.Argument(metavar="URL", help="A store: a local path or s3://bucket/prefix.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="URL", help="A store or a run folder: a local path or s3://bucket/prefix.")
+]
+Repair = Annotated[
+    bool, typer.Option("--repair", help="Remove what is damaged of a run, so that its next start writes it again.")
+]
 Output = Annotated[str | None, typer.Option("--output", metavar="URL", help="Run folder, instead of 'output'.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, as in a.b=value; repeatable.")
@@ -139,23 +146,39 @@ def plan(config: ConfigArgument, output: Output = None, overrides: Overrides = N
         _print_mapping(pipeline.plan(settings))
 
 
-def verify(url: UrlArgument, debug: Debug = False) -> None:
-    """Check every chunk of a store.
+def verify(url: RunArgument, repair: Repair = False, debug: Debug = False) -> None:
+    """Check every byte of a store, or of all stores of a run.
 
     A chunk that is missing, changed or foreign is named, and the exit code is 3.
     """
     with error_exits(debug):
-        from fisher_ray import store
+        from fisher_ray import upkeep
 
-        problems = store.verify(url)
-        for problem in problems:
-            typer.echo(problem)
-        if problems:
+        if repair:
+            return _repair(upkeep.repair(url, lambda text: typer.echo(text, err=True)))
+        found = upkeep.verify(url)
+        for place, problems in found.items():
+            for problem in problems or ["whole"]:
+                typer.echo(f"{place}: {problem}")
+        if number := sum(map(len, found.values())):
             raise StoreError(
-                f"{url} does not hold what was written: {len(problems)} problem(s), listed above. "
-                "Restore these files from a copy, or write the store again with --fresh."
+                f"{url} does not hold what was written: {number} problem(s), listed above. In a run folder, verify "
+                "with --repair has what is damaged written again by the run's next start; else restore from a copy."
             )
-        typer.echo(f"{url}: whole")
+
+
+def _repair(found: dict[str, store.Repair]) -> None:
+    for place, done in found.items():
+        for problem in done.problems:
+            typer.echo(f"{place}: {problem}")
+        for name in done.foreign:
+            typer.echo(f"{place}: {name} is left alone. Remove it if it is not needed.")
+        if done.needed:
+            units = ", ".join(map(str, done.units or []))
+            what = "all of it" if done.units is None else f"units {units}" if units else "the seal"
+            typer.echo(f"{place}: {what} will be written again. Start the run again.")
+    if not found:
+        typer.echo("nothing to repair")
 
 
 def inspect(url: UrlArgument, debug: Debug = False) -> None:

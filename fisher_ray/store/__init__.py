@@ -7,6 +7,7 @@ from fisher_ray.store.arrays import load_arrays, save_arrays
 from fisher_ray.store.check import describe, verify
 from fisher_ray.store.layout import SEAL, ArraySpec, StoreSpec
 from fisher_ray.store.reader import FeatureStore, open_features
+from fisher_ray.store.repair import Repair, repair
 from fisher_ray.store.seal import finished_units, seal
 from fisher_ray.store.writer import create_store, write_unit
 from fisher_ray.store.zarr_group import open_arrays
@@ -15,6 +16,7 @@ __all__ = [
     "SEAL",
     "ArraySpec",
     "FeatureStore",
+    "Repair",
     "StoreSpec",
     "create_store",
     "describe",
@@ -22,6 +24,7 @@ __all__ = [
     "load_arrays",
     "open_arrays",
     "open_features",
+    "repair",
     "save_arrays",
     "seal",
     "verify",

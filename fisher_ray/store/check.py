@@ -17,6 +17,9 @@ from fisher_ray.store.seal import (
     unit_fingerprint,
 )
 
+FOREIGN = "foreign"
+"""How a problem begins that is a file too many."""
+
 
 def verify(url: str) -> list[str]:
     """Read every file of a store or group and return its problems, one line each; none if it is whole.
@@ -27,7 +30,11 @@ def verify(url: str) -> list[str]:
         StoreError: if there is no store of this program at ``url``.
         StorageError: if storage does not answer.
     """
-    storage = Storage(url)
+    return [f"{name}: {what}" for name, what in find_problems(Storage(url))]
+
+
+def find_problems(storage: Storage) -> list[tuple[str, str]]:
+    """Return the problems that :func:`verify` tells of, as names of files and what is wrong with them."""
     sizes = storage.sizes()
     if SEAL not in sizes:
         return _verify_unsealed(storage, sizes)
@@ -36,20 +43,20 @@ def verify(url: str) -> list[str]:
     except StoreError:
         sealed = None
     if sealed is None:
-        return [f"{SEAL}: wrong checksum, so nothing can be held against it"]
+        return [(SEAL, "wrong checksum, so nothing can be held against it")]
     problems, announced = [], {item["key"]: item for item in sealed["files"]}
     units = range(sealed.get("num_units", 0))
     manifests = read_manifests(storage, set(units))
     for unit in units:
         if manifest_name(unit) not in sizes:
-            problems.append(f"{manifest_name(unit)}: missing")
+            problems.append((manifest_name(unit), "missing"))
         elif unit not in manifests or unit_fingerprint(manifests[unit]) != sealed["units"][unit]:
-            problems.append(f"{manifest_name(unit)}: wrong checksum, so the unit's chunks cannot be checked")
+            problems.append((manifest_name(unit), "wrong checksum, so the unit's chunks cannot be checked"))
     announced |= {item["key"]: item for content in manifests.values() for item in chunk_entries(content)}
     unchecked = {unit for unit in units if unit not in manifests}
     known = {SEAL, *map(manifest_name, units), *announced}
     if not unchecked:  # else chunks of these units would pass for foreign ones
-        problems += [f"{name}: foreign, no manifest names it" for name in sizes if name not in known]
+        problems += [(name, f"{FOREIGN}, no manifest names it") for name in sizes if name not in known]
     return problems + _compare(storage, announced, sizes)
 
 
@@ -73,32 +80,34 @@ def describe(url: str) -> dict[str, Any]:
     return {**found, "arrays": arrays, "attributes": attributes}
 
 
-def _verify_unsealed(storage: Storage, sizes: dict[str, int]) -> list[str]:
+def _verify_unsealed(storage: Storage, sizes: dict[str, int]) -> list[tuple[str, str]]:
     own, _, _ = read_root(storage)
     layouts, units = read_layouts(own), manifest_units(sizes)
-    problems = [f"{SEAL}: missing, the store is not sealed: its writers did not end"]
+    problems = [(SEAL, "missing, the store is not sealed: its writers did not end")]
     metadata = {f"{name}/{ROOT}" for name in layouts}
-    problems += [f"{name}: missing" for name in sorted(metadata - set(sizes))]
+    problems += [(name, "missing") for name in sorted(metadata - set(sizes))]
     manifests = read_manifests(storage, units)
-    problems += [f"{manifest_name(unit)}: wrong checksum" for unit in sorted(units - set(manifests))]
+    problems += [(manifest_name(unit), "wrong checksum") for unit in sorted(units - set(manifests))]
     chunks = {layout.key(chunk) for layout in layouts.values() for chunk in range(layout.num_chunks)}
     known = {ROOT, *metadata, *map(manifest_name, units), *chunks}
-    problems += [f"{name}: foreign, no array has it" for name in sizes if name not in known]
+    problems += [(name, f"{FOREIGN}, no array has it") for name in sizes if name not in known]
     announced = {item["key"]: item for content in manifests.values() for item in chunk_entries(content)}
     return problems + _compare(storage, announced, sizes)
 
 
-def _compare(storage: Storage, announced: dict[str, dict[str, Any]], sizes: dict[str, int]) -> list[str]:
+def _compare(storage: Storage, announced: dict[str, dict[str, Any]], sizes: dict[str, int]) -> list[tuple[str, str]]:
     def compare(name: str) -> str | None:
         wanted = announced[name]
         if name not in sizes:
-            return f"{name}: missing"
+            return "missing"
         if sizes[name] != wanted["size"]:
-            return f"{name}: wrong size, {sizes[name]} bytes instead of {wanted['size']}"
+            return f"wrong size, {sizes[name]} bytes instead of {wanted['size']}"
         try:
             raw = storage.read_bytes(name)
         except FileNotFoundError:
-            return f"{name}: missing"
-        return None if is_intact(wanted, raw) else f"{name}: wrong checksum"
+            return "missing"
+        return None if is_intact(wanted, raw) else "wrong checksum"
 
-    return [problem for problem in each(storage, compare, sorted(announced)) if problem is not None]
+    names = sorted(announced)
+    found = zip(names, each(storage, compare, names), strict=True)
+    return [(name, what) for name, what in found if what is not None]

@@ -11,6 +11,7 @@ from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
 from fisher_ray.store.chunks import crc32c
 from fisher_ray.store.layout import ATTRIBUTE, ROOT, SCHEMA, SEAL, Layout
+from fisher_ray.store.schema import Own, Seal, fault_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,7 +26,7 @@ def unpack(raw: bytes) -> dict[str, Any] | None:
     """Return what :func:`pack` was given, or None if a byte is not as it wrote it."""
     try:
         content = json.loads(raw)["content"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return content if isinstance(content, dict) and pack(content) == raw else None
 
@@ -63,25 +64,18 @@ def read_root(storage: Storage) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     try:
         attributes = dict(json.loads(raw).get("attributes", {}))
         own = dict(attributes.pop(ATTRIBUTE))
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         raise StoreError(f"{storage.url}: {ROOT} is damaged, or the group is not one of this program's") from None
-    if not {"kind", "arrays", "schema"} <= own.keys():
-        raise StoreError(f"{storage.url}: {ROOT} is damaged. Restore it, or write the store again.")
-    if own["schema"] != SCHEMA:
+    if isinstance(own.get("schema"), int) and own["schema"] != SCHEMA:
         raise StoreError(f"{storage.url} has schema {own['schema']}, this program reads {SCHEMA}. Write it again.")
+    if (fault := fault_of(Own, own)) is not None:
+        raise StoreError(f"{storage.url}: {ROOT} is damaged: {fault}. Restore it, or write the store again.")
     return own, attributes, raw
 
 
 def read_layouts(own: dict[str, Any]) -> dict[str, Layout]:
-    """Return the layouts in this program's part of the attributes.
-
-    Raises:
-        StoreError: if they are damaged.
-    """
-    try:
-        return {name: Layout.from_json(name, values) for name, values in own["arrays"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"the group's layout in {ROOT} is damaged: {error!r}. Write the store again.") from None
+    """Return the layouts in this program's part of the attributes, as :func:`read_root` returned them."""
+    return {name: Layout.from_json(name, values) for name, values in own["arrays"].items()}
 
 
 def read_seal(storage: Storage) -> dict[str, Any] | None:
@@ -94,8 +88,10 @@ def read_seal(storage: Storage) -> dict[str, Any] | None:
         raw = storage.read_bytes(SEAL)
     except FileNotFoundError:
         return None
-    if (content := unpack(raw)) is None:
-        raise StoreError(f"{storage.url}: {SEAL} is corrupt. Restore it, or write the store again.")
+    content = unpack(raw)
+    fault = "wrong checksum" if content is None else fault_of(Seal, content)
+    if fault is not None:
+        raise StoreError(f"{storage.url}: {SEAL} is corrupt: {fault}. Restore it, or write the store again.")
     return content
 
 

@@ -15,6 +15,10 @@ SCHEMA = 1
 ATTRIBUTE = "fisher_ray"
 """The group attribute that holds this program's own layout."""
 ROOT, SEAL, MANIFESTS = "zarr.json", "seal.json", "manifest"
+MAX_CHUNKS = 2**23
+"""Chunks of an array at most: 8 million."""
+MAX_CHUNK_BYTES = 2**33
+"""Bytes of a chunk at most, decoded."""
 CODECS = ("none", "zstd")
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -12,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
+from fisher_ray.store.batches import Batches
 from fisher_ray.store.chunks import read_chunk
 from fisher_ray.store.documents import each, read_layouts, read_sealed
 from fisher_ray.store.layout import SEAL, Layout
@@ -63,6 +65,24 @@ class FeatureStore:
         manifests = read_manifests(self._storage, manifest_units(self._storage.list("manifest")))
         return {int(row): str(reason) for content in manifests.values() for row, reason in content["skipped"].items()}
 
+    @cached_property
+    def _skipped_in(self) -> dict[int, list[int]]:
+        """Skipped rows by chunk."""
+        found: dict[int, list[int]] = {}
+        for row in sorted(self.skipped):
+            found.setdefault(row // self.chunk_rows, []).append(row)
+        return found
+
+    def layout(self, name: str) -> Layout:
+        """Return how an array is stored.
+
+        Raises:
+            StoreError: if there is none of this name.
+        """
+        if name not in self.arrays:
+            raise StoreError(f"{self.url} has no array {name!r}, only {', '.join(self.arrays)}")
+        return self.arrays[name]
+
     def read(self, name: str, start: int, stop: int, out_dtype: DTypeLike | None = None) -> np.ndarray:
         """Return rows ``[start, stop)`` in their own unit, shape ``(stop - start, *shape_tail)``.
 
@@ -72,13 +92,13 @@ class FeatureStore:
             StoreError: if there is no such array or row, or a chunk is missing or corrupt.
             StorageError: if storage does not answer.
         """
-        layout = self._layout(name)
-        default = np.float32 if layout.dtype == "float16" else layout.dtype
-        return self._read(layout, start, stop, np.dtype(default if out_dtype is None else out_dtype), layout.scale)
+        layout = self.layout(name)
+        dtype = self._read_dtype(layout) if out_dtype is None else np.dtype(out_dtype)
+        return self._read(layout, start, stop, dtype, layout.scale)
 
     def read_raw(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows ``[start, stop)`` as they are stored: same type, not scaled back. Errors as :meth:`read`."""
-        layout = self._layout(name)
+        layout = self.layout(name)
         return self._read(layout, start, stop, np.dtype(layout.dtype), 1.0)
 
     def iter_chunks(self, names: Sequence[str], rows: range | None = None) -> Iterator[dict[str, np.ndarray]]:
@@ -92,23 +112,41 @@ class FeatureStore:
         cuts = range(rows.start - rows.start % self.chunk_rows, rows.stop, self.chunk_rows)
         spans = [(max(cut, rows.start), min(cut + self.chunk_rows, rows.stop)) for cut in cuts]
         with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-            ahead = [thread.submit(self._read_block, names, *spans[0])] if spans else []
+            ahead = [thread.submit(self.read_kept, names, *spans[0])] if spans else []
             for following in [*spans[1:], None]:
                 block = ahead.pop().result()
                 if following is not None:
-                    ahead.append(thread.submit(self._read_block, names, *following))
+                    ahead.append(thread.submit(self.read_kept, names, *following))
                 if all(len(values) for values in block.values()):
                     yield block
 
-    def _read_block(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
+    def iter_batches(self, batch_size: int, names: Sequence[str] = ("features", "labels"), **options: Any) -> Batches:
+        """Return an iterable of batches, shuffled, for one of several readers, or resumed as ``options`` say.
+
+        They are those of :class:`~fisher_ray.store.batches.Batches`, which says what raises: ``shuffle``, ``seed``,
+        ``epoch``, ``buffer_rows``, ``rank``, ``world_size``, ``start``, ``drop_last``.
+        """
+        return Batches(self, batch_size, names, **options)
+
+    def row_bytes(self, name: str) -> int:
+        """Return the bytes of one row of an array as :meth:`read` returns it."""
+        layout = self.layout(name)
+        return math.prod(layout.shape[1:]) * self._read_dtype(layout).itemsize
+
+    def num_kept(self, chunk: int) -> int:
+        """Return how many rows of a chunk were not skipped."""
+        stop = min((chunk + 1) * self.chunk_rows, self.num_rows)
+        return stop - chunk * self.chunk_rows - len(self._skipped_in.get(chunk, []))
+
+    def read_kept(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
+        """Return rows ``[start, stop)`` of several arrays without the skipped ones. Errors as :meth:`read`."""
         block = {name: self.read(name, start, stop) for name in names}
-        gone = [row - start for row in self.skipped if start <= row < stop]
+        chunks = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
+        gone = [row - start for chunk in chunks for row in self._skipped_in.get(chunk, []) if start <= row < stop]
         return {name: np.delete(values, gone, axis=0) for name, values in block.items()} if gone else block
 
-    def _layout(self, name: str) -> Layout:
-        if name not in self.arrays:
-            raise StoreError(f"{self.url} has no array {name!r}, only {', '.join(self.arrays)}")
-        return self.arrays[name]
+    def _read_dtype(self, layout: Layout) -> np.dtype[Any]:
+        return np.dtype(np.float32 if layout.dtype == "float16" else layout.dtype)
 
     def _read(self, layout: Layout, start: int, stop: int, dtype: np.dtype[Any], scale: float) -> np.ndarray:
         if not 0 <= start <= stop <= self.num_rows:

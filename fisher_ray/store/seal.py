@@ -10,6 +10,7 @@ from fisher_ray.storage import Storage
 from fisher_ray.store.chunks import entry
 from fisher_ray.store.documents import each, fingerprint, pack, read_layouts, read_root, unpack
 from fisher_ray.store.layout import MANIFESTS, ROOT, SCHEMA, SEAL, manifest_name, unit_rows
+from fisher_ray.store.schema import Manifest, fault_of
 
 
 def finished_units(url: str) -> set[int]:
@@ -73,7 +74,8 @@ def read_manifests(storage: Storage, units: set[int]) -> dict[int, dict[str, Any
             content = unpack(storage.read_bytes(manifest_name(unit)))
         except FileNotFoundError:
             return None
-        return content if content is not None and content.get("unit") == unit else None
+        whole = content is not None and fault_of(Manifest, content) is None and content["unit"] == unit
+        return content if whole else None
 
     order = sorted(units)
     contents = each(storage, read, order)

@@ -25,12 +25,16 @@ while True:
         write_unit(sys.argv[1], Unit(unit, unit * 512, unit * 512 + 512), {"x": values}, attempt=1, skipped={})
 """
 
+NUM_KILLS = int(os.environ.get("FISHER_RAY_KILLS", "4"))
+"""Each starts a process of its own; 50 take a minute."""
+
 
 def test_a_killed_writer_leaves_no_torn_chunk(tmp_path):
     url = tmp_path / "s"
     spec = make_spec(num_rows=2048, unit_rows=512, chunk_rows=256)
     spec = replace(spec, arrays={"x": ArraySpec((4096,), "float16", ("sample", "rank"))})
-    for delay_s in (0.0, 0.011, 0.023, 0.037):
+    for round_ in range(NUM_KILLS):
+        delay_s = 0.05 * (round_ * 0.618 % 1)  # another moment of the writing each time
         create_store(str(url), spec)
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(url)], stdout=subprocess.PIPE, text=True)
         with writer:
@@ -38,7 +42,7 @@ def test_a_killed_writer_leaves_no_torn_chunk(tmp_path):
             deadline = time.monotonic() + 60
             while not list(url.glob("x/c/*/*")):
                 assert time.monotonic() < deadline
-            time.sleep(delay_s)  # another moment of the writing each time
+            time.sleep(delay_s)
             os.kill(writer.pid, signal.SIGKILL)
         for path in url.glob("x/c/*/0"):
             raw = path.read_bytes()

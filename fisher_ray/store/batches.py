@@ -1,0 +1,131 @@
+"""Batches of a feature store's rows: in order or shuffled, for one reader of several, from any batch on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fisher_ray.errors import RequestError
+
+if TYPE_CHECKING:
+    from fisher_ray.store.reader import FeatureStore
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches:
+    """An iterable of batches, each a mapping from array names to rows; every ``for`` begins anew.
+
+    The order depends on the store, ``seed``, ``epoch``, ``buffer_rows`` and ``world_size`` alone: chunks in a random
+    order are dealt out to the readers, and the rows of so many chunks as hold ``buffer_rows`` are mixed. Every row that
+    was not skipped comes once, to one reader. While a batch is worked with, the next rows are read.
+
+    Args:
+        store: to read from.
+        batch_size: rows of a batch; the last one has fewer.
+        names: of the arrays.
+        shuffle: random order, otherwise the store's.
+        seed: of the order.
+        epoch: another order for each.
+        buffer_rows: rows that are mixed with each other, and read at once; at least a chunk's.
+        rank: this reader's number.
+        world_size: how many readers there are.
+        start: batches of this reader to leave out, as those of before a resume: they are not read.
+        drop_last: leave out a last batch of fewer rows.
+
+    Raises:
+        RequestError: if an argument is out of range.
+        StoreError: if there is no such array.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        batch_size: int,
+        names: Sequence[str],
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        buffer_rows: int = 4096,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        """See the class."""
+        if min(batch_size, buffer_rows, world_size) < 1 or min(seed, epoch, start) < 0 or not 0 <= rank < world_size:
+            raise RequestError(
+                f"batch_size {batch_size}, buffer_rows {buffer_rows} and world_size {world_size} have to be positive; "
+                f"seed {seed}, epoch {epoch} and start {start} not negative; rank {rank} within the world's size"
+            )
+        self._store, self._batch_size, self._names = store, batch_size, list(names)
+        self._shuffle, self._seed, self._epoch = shuffle, seed, epoch
+        self._start, self._drop_last = start, drop_last
+        for name in self._names:
+            store.layout(name)
+        num_chunks = -(-store.num_rows // store.chunk_rows)
+        chunks = self._permutation(num_chunks, 0) if shuffle else np.arange(num_chunks)
+        mine, width = chunks[rank::world_size], -(-buffer_rows // store.chunk_rows)
+        self._groups = [mine[first : first + width].tolist() for first in range(0, len(mine), width)]
+
+    def __len__(self) -> int:
+        """Return how many batches there are from ``start`` on."""
+        rows = sum(map(self._num_rows, self._groups))
+        batches = rows // self._batch_size if self._drop_last else -(-rows // self._batch_size)
+        return max(batches - self._start, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches.
+
+        Raises:
+            StoreError: if a chunk is missing or corrupt.
+            StorageError: if storage does not answer.
+        """
+        skip, groups = self._start * self._batch_size, list(self._groups)
+        while groups and skip >= (rows := self._num_rows(groups[0])):
+            skip -= rows
+            groups.pop(0)
+        rest: Batch = {}
+        for mixed in self._read_ahead(groups):
+            block = {name: values[skip:] for name, values in mixed.items()}
+            skip = 0
+            joined = {name: np.concatenate([rest[name], values]) if rest else values for name, values in block.items()}
+            rows = len(next(iter(joined.values())))
+            whole = rows - rows % self._batch_size
+            for first in range(0, whole, self._batch_size):
+                yield {name: values[first : first + self._batch_size] for name, values in joined.items()}
+            rest = {name: values[whole:] for name, values in joined.items()} if whole < rows else {}
+        if rest and not self._drop_last:
+            yield rest
+
+    def _read_ahead(self, groups: list[list[int]]) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+            ahead = thread.submit(self._read, groups[0]) if groups else None
+            for following in [*groups[1:], None]:
+                if ahead is None:
+                    return
+                block = ahead.result()
+                ahead = thread.submit(self._read, following) if following is not None else None
+                yield block
+
+    def _read(self, group: list[int]) -> Batch:
+        size = self._store.chunk_rows
+        spans = [(chunk * size, min((chunk + 1) * size, self._store.num_rows)) for chunk in group]
+        parts = [self._store.read_kept(self._names, *span) for span in spans]
+        block = {name: np.concatenate([part[name] for part in parts]) for name in self._names}
+        if not self._shuffle:
+            return block
+        order = self._permutation(self._num_rows(group), 1 + group[0])
+        return {name: values[order] for name, values in block.items()}
+
+    def _num_rows(self, group: list[int]) -> int:
+        return sum(map(self._store.num_kept, group))
+
+    def _permutation(self, size: int, stream: int) -> np.ndarray:
+        """Return a random order, the same with every version of NumPy: raw bits are, its own permutations are not."""
+        bits = np.random.Philox(key=np.array([self._seed, self._epoch], np.uint64), counter=[0, 0, 0, stream])
+        return np.argsort(bits.random_raw(size), kind="stable")

@@ -1,0 +1,64 @@
+"""A whole run on storage that refuses, delays, tears, resets and goes away."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from tests.fault_proxy import KINDS, FaultProxy
+from tests.integration.processes import started, wait_for
+from tests.integration.runs import DEMO, QUICK, bits
+from tests.s3_server import KEY, SECRET, S3Server, make_bucket
+
+OVERRIDES = [word for override in QUICK for word in ("--set", override)]
+
+
+@pytest.mark.slow
+@pytest.mark.s3
+def test_a_run_on_failing_storage_ends_with_the_same_bytes(undisturbed, tmp_path):
+    import s3fs
+
+    server = S3Server()
+    proxy = FaultProxy(server.endpoint, rate=1 / 3)
+    try:
+        url = make_bucket(server.endpoint, "faults") + "/digits"
+        environment = os.environ | {
+            "AWS_ENDPOINT_URL": proxy.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "FISHER_RAY_RETRY_S": "8",
+        }
+        files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint, use_listings_cache=False)
+        command = [sys.executable, "-m", "fisher_ray", "run", str(DEMO), "--output", url, *OVERRIDES]
+        log, codes = tmp_path / "log", []
+        while 0 not in codes and len(codes) < 8:
+            with (
+                log.open("ab") as stream,
+                started(*command, stdout=stream, stderr=stream, env=environment) as process,
+            ):
+                if not codes:  # in the middle of its work the server is killed, and stays away
+                    wait_for(
+                        lambda: process.poll() is not None or files.glob(f"{url}/features/train.zarr/manifest/*"),
+                        240,
+                        "the first unit's features",
+                    )
+                    proxy.stop()
+                    codes.append(process.wait(120))
+                    assert codes == [4], log.read_text()
+                    proxy.start()
+                else:
+                    codes.append(process.wait(400))
+        assert codes[-1] == 0, log.read_text()
+        assert set(codes) == {0, 4}
+        assert set(proxy.faults) == set(KINDS), proxy.faults
+        files.get(url, str(tmp_path / "copy"), recursive=True)
+    finally:
+        proxy.stop()
+        server.kill()
+
+    assert bits(tmp_path / "copy") == bits(undisturbed[0])
+    assert "Run again to resume" in log.read_text() or "run again" in log.read_text()
+    assert SECRET not in log.read_text()
