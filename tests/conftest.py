@@ -61,6 +61,19 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"FISHER_RAY_REQUIRE names {sorted(unknown)}; known: {sorted(_LACKS)}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share modules out over the processes: one has Ray, and begins with it; another begins with whole clusters."""
+    users = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
+    groups = {}
+    for item in items:
+        clusters = item.get_closest_marker("cluster") is not None or item.path.parent.name == "cluster"
+        groups[item] = "ray" if item.path in users else "cluster" if clusters else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    first = {"ray": 0, "cluster": 1}
+    items.sort(key=lambda item: first.get(groups[item], 2))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, lack in _LACKS.items():
         if item.get_closest_marker(name) is None:

@@ -30,6 +30,8 @@ from fisher_ray.store import FeatureStore, load_arrays, open_features, save_arra
 
 BLOCK_ROWS = 2048
 """Rows summed at a time."""
+KEPT_BYTES = 2 * 2**30
+"""Rows of the last hidden layer up to this size are kept in memory while the probe is fitted."""
 _VALIDATION_KEY = 0x5EED
 
 
@@ -128,7 +130,7 @@ def fit_ridge(
     penalty: float,
     temperature: float,
 ) -> dict[str, Any]:
-    """Fit on all rows with the chosen penalty, and write ``linear/weights.zarr``."""
+    """Fit on all rows with the chosen penalty, and write ``linear/weights.zarr``; ``fit`` may be added to."""
     sums = merge_sums(fit, validation)
     model = ridge_path(sums, [penalty])[0]
     save_weights(bench, "weights", replace(model, temperature=temperature))
@@ -143,7 +145,10 @@ def merge_sums(fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) ->
 
 
 def save_sums(bench: Workbench, fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> None:
-    """Write ``linear/sums-fit.zarr`` and ``linear/sums-all.zarr``, which the logistic fit starts from."""
+    """Write ``linear/sums-fit.zarr`` and ``linear/sums-all.zarr``, which the logistic fit starts from.
+
+    ``fit`` may be added to.
+    """
     save_arrays(bench.url("linear/sums-fit.zarr"), fit, {"kind": "sums"})
     save_arrays(bench.url("linear/sums-all.zarr"), merge_sums(fit, validation).to_arrays(), {"kind": "sums"})
 
@@ -163,34 +168,52 @@ def fit_probe(bench: Workbench) -> dict[str, Any]:
     Returns:
         By kind, ``penalty`` and ``validation`` accuracy.
     """
-    store, penalties = train_store(bench), bench.config.linear.penalties
-    fit, everything = (_hidden_sums(bench, store, part) for part in ("fit", "all"))
+    rows, penalties = _HiddenRows(bench), bench.config.linear.penalties
+    fit, everything = (_hidden_sums(bench, rows, part) for part in ("fit", "all"))
     paths: dict[str, Callable[[GramSum, str, Sequence[float]], list[LinearWeights]]] = {
         "ridge": lambda sums, _, values: ridge_path(sums, values),
-        "logistic": lambda sums, part, values: [_fit_logistic(bench, store, sums, value, part) for value in values],
+        "logistic": lambda sums, part, values: [_fit_logistic(bench, rows, sums, value, part) for value in values],
     }
     chosen = {}
     for kind, path in paths.items():
         models = path(fit, "fit", penalties)
-        scores, labels = score_rows(hidden_rows(bench, store, "validation"), "x", models)
+        scores, labels = score_rows(rows.of("validation"), "x", models)
         best, accuracies = best_penalty(penalties, scores, labels)
         save_weights(bench, f"probe-{kind}", path(everything, "all", [penalties[best]])[0])
         chosen[kind] = {"penalty": penalties[best], "validation": accuracies[best]}
     return chosen
 
 
-def _hidden_sums(bench: Workbench, store: FeatureStore, part: str) -> GramSum:
+class _HiddenRows:
+    """The last hidden layer's rows: read once if they fit into :data:`KEPT_BYTES`, else whenever they are asked for."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench, self._store = bench, train_store(bench)
+        row_bytes = sum(map(self._store.row_bytes, ("hidden", "logits", "labels", "index")))
+        self._keeps = 2 * self._store.num_rows * row_bytes <= KEPT_BYTES  # "all" besides its two parts
+        self._kept: dict[str, list[dict[str, Tensor]]] = {}
+
+    def of(self, part: str) -> Iterable[dict[str, Tensor]]:
+        """Return blocks as :func:`hidden_rows` yields them."""
+        if not self._keeps:
+            return hidden_rows(self._bench, self._store, part)
+        if part not in self._kept:
+            self._kept[part] = list(hidden_rows(self._bench, self._store, part))
+        return self._kept[part]
+
+
+def _hidden_sums(bench: Workbench, rows: _HiddenRows, part: str) -> GramSum:
     sums = GramSum.zeros(int(bench.facts.hidden or 0), bench.facts.num_classes)
-    for block in hidden_rows(bench, store, part):
+    for block in rows.of(part):
         sums.add(block["x"], block["labels"])
     return sums
 
 
-def _fit_logistic(bench: Workbench, store: FeatureStore, sums: GramSum, penalty: float, part: str) -> LinearWeights:
+def _fit_logistic(bench: Workbench, rows: _HiddenRows, sums: GramSum, penalty: float, part: str) -> LinearWeights:
     coordinates = preconditioner(sums, penalty)
 
     def evaluate(params: Tensor) -> tuple[float, Tensor]:
-        blocks = ((block["x"], block["labels"]) for block in hidden_rows(bench, store, part))
+        blocks = ((block["x"], block["labels"]) for block in rows.of(part))
         _, loss, by_weight, by_bias = sum_gradients(blocks, *coordinates.raw(params))
         return coordinates.objective(params, loss, by_weight, by_bias)
 

@@ -108,7 +108,8 @@ def fitted(tmp_path_factory):
     }
     chosen = shallow.choose_penalty(bench, sums["fit"])
     kept = {name: chosen[name] for name in ("penalty", "temperature")}
-    result = shallow.fit_ridge(bench, sums["fit"], sums["validation"], **kept)
+    copied = {name: value.copy() for name, value in sums["fit"].items()}
+    result = shallow.fit_ridge(bench, copied, sums["validation"], **kept)
     probe = shallow.fit_probe(bench)
     evaluation = shallow.evaluate(bench)
     return SimpleNamespace(
