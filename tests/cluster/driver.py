@@ -25,7 +25,8 @@ from tests.integration.runs import digits
 def tell(place: Path) -> None:
     """Write the file, or remove it if no sum waits."""
     schedules: list[Any] = [item for item in gc.get_objects() if type(item) is Schedule]
-    results = [ref for item in schedules for ref in item._results.values() if isinstance(ref, ray.ObjectRef)]
+    sums = [refs for item in schedules for refs in item._results.values() if refs]
+    results = [ref for refs in sums for ref in refs if isinstance(ref, ray.ObjectRef)]
     found = get_object_locations(results) if results else {}
     nodes = [node for places in found.values() for node in places["node_ids"]]
     if nodes:
