@@ -141,9 +141,9 @@ def write_features(
     url: str,
     *,
     labels: Tensor | None = None,
-    dtype: Literal["float16", "float32"] = "float16",
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     chunk_rows: int = 1024,
-    codec: Literal["none", "zstd"] = "none",
+    codec: Literal["none", "zstd", "blosc"] = "none",
     views: Literal[1, 2] = 1,
 ) -> FeatureStore:
     """Write the features of all classes to a sealed store, in this process; a store that was begun is finished.

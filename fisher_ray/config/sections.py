@@ -203,9 +203,10 @@ class MetricConfig(Section):
 class StoreConfig(Section):
     """How features are stored."""
 
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """float16 is scaled to fit; bfloat16 has its range of itself, and an eighth of the precision."""
     chunk_rows: PositiveInt = 1024
-    codec: Literal["none", "zstd"] = "none"
+    codec: Literal["none", "zstd", "blosc"] = "none"
 
 
 class LinearConfig(Section):

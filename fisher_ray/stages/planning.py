@@ -94,7 +94,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
         "units": units,
         "micro_batch": facts.micro_batch,
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
-        "feature_bytes": num_rows * features * (2 if config.store.dtype == "float16" else 4),
+        "feature_bytes": num_rows * features * (4 if config.store.dtype == "float32" else 2),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
         "seconds_of_scores": _seconds(config, facts),
     }

@@ -140,7 +140,7 @@ def _chunk(layout: Layout, value: np.ndarray, chunk: int) -> Bytes:
 
 
 def _read(storage: Storage, layout: Layout) -> np.ndarray:
-    out = np.empty(layout.shape, layout.dtype)
+    out = np.empty(layout.shape, layout.stored_dtype)
 
     def copy(chunk: int) -> None:
         stored, rows = read_chunk(storage, layout, chunk), layout.rows(chunk)

@@ -1,6 +1,6 @@
-"""Chunks and their bytes: little-endian values, optionally zstd, then the CRC-32C of what stands before it.
+"""Chunks and their bytes: little-endian values, optionally compressed, then the CRC-32C of what stands before it.
 
-These are Zarr v3's codecs ``bytes``, ``zstd`` and ``crc32c``. They are applied here, and not through a Zarr array,
+These are Zarr v3's codecs ``bytes``, ``zstd`` or ``blosc``, and ``crc32c``. They are applied here, not by a Zarr array,
 so that each chunk is one atomic write, an absent one is an error and not the fill value, and the stored bytes' checksum
 is known.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
+from numcodecs.blosc import Blosc  # type: ignore[import-untyped]
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
 from fisher_ray.errors import StoreError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from fisher_ray.storage import Bytes
 
 ZSTD_LEVEL = 1
+BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5, "blocksize": 0}
+"""Of Blosc; bytes are shuffled by the values' size, too."""
 CHECKSUM_BYTES = 4
 
 
@@ -40,8 +43,12 @@ def new_chunk(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 def seal_chunk(layout: Layout, raw: np.ndarray) -> Bytes:
     """Return the bytes to store for the values in ``raw`` from :func:`new_chunk`."""
-    if layout.codec == "zstd":
-        packed = Zstd(level=ZSTD_LEVEL).encode(raw[:-CHECKSUM_BYTES])
+    if layout.codec != "none":
+        body = raw[:-CHECKSUM_BYTES]
+        if layout.codec == "zstd":
+            packed = Zstd(level=ZSTD_LEVEL).encode(body)
+        else:
+            packed = Blosc(**BLOSC, shuffle=Blosc.SHUFFLE).encode(body.view(_stored_dtype(layout)))
         raw = np.frombuffer(packed + bytes(CHECKSUM_BYTES), np.uint8).copy()
     raw[-CHECKSUM_BYTES:].view("<u4")[:] = crc32c(raw[:-CHECKSUM_BYTES])
     return raw.data
@@ -83,7 +90,10 @@ def _decode(url: str, layout: Layout, key: str, raw: np.ndarray) -> np.ndarray:
     body = raw[:-CHECKSUM_BYTES]
     if len(raw) < CHECKSUM_BYTES or crc32c(body) != _own_checksum(raw.data):
         raise StoreError(f"{url}: chunk {key} is corrupt (CRC-32C). Restore it, or write the store again.")
-    unpacked = Zstd().decode(body) if layout.codec == "zstd" else body
+    try:
+        unpacked = body if layout.codec == "none" else (Zstd() if layout.codec == "zstd" else Blosc()).decode(body)
+    except (RuntimeError, ValueError) as error:
+        raise StoreError(f"{url}: chunk {key} cannot be decompressed: {error}. Write the store again.") from None
     if len(unpacked) != layout.chunk_bytes:
         raise StoreError(f"{url}: chunk {key} holds {len(unpacked)} bytes instead of {layout.chunk_bytes}")
     return np.frombuffer(unpacked, _stored_dtype(layout)).reshape(layout.chunk_shape)
@@ -94,4 +104,4 @@ def _own_checksum(data: Bytes) -> int:
 
 
 def _stored_dtype(layout: Layout) -> np.dtype[Any]:
-    return np.dtype(layout.dtype).newbyteorder("<")
+    return layout.stored_dtype.newbyteorder("<")

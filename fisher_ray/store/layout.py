@@ -19,10 +19,12 @@ MAX_CHUNKS = 2**23
 """Chunks of an array at most: 8 million."""
 MAX_CHUNK_BYTES = 2**33
 """Bytes of a chunk at most, decoded."""
-CODECS = ("none", "zstd")
+CODECS = ("none", "zstd", "blosc")
+BFLOAT16 = "bfloat16"
+"""Stored as its bits, uint16, since Zarr has no such type; the array's attribute ``stored_as`` says so."""
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64"),
+    *("float16", "float32", "float64", BFLOAT16),
 )
 
 
@@ -51,7 +53,7 @@ class StoreSpec:
         num_rows: rows of every array.
         unit_rows: rows that one writer writes: a whole number of chunks.
         chunk_rows: rows of one chunk.
-        codec: ``none`` or ``zstd``; every chunk ends in its CRC-32C in any case.
+        codec: ``none``, ``zstd`` or ``blosc``; every chunk ends in its CRC-32C in any case.
         arrays: by name.
         attributes: JSON values kept with the group.
     """
@@ -74,7 +76,7 @@ class Layout:
         dtype: NumPy name.
         dims: one name for each axis.
         chunk_rows: rows of one chunk; the last chunk is filled up.
-        codec: ``none`` or ``zstd``.
+        codec: ``none``, ``zstd`` or ``blosc``.
         scale: value = stored * scale.
     """
 
@@ -92,6 +94,11 @@ class Layout:
         return (self.chunk_rows, *(max(size, 1) for size in self.shape[1:])) if self.shape else ()
 
     @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """The type of the stored numbers."""
+        return np.dtype(np.uint16 if self.dtype == BFLOAT16 else self.dtype)
+
+    @property
     def num_chunks(self) -> int:
         """Number of chunk files."""
         if 0 in self.shape:
@@ -101,13 +108,15 @@ class Layout:
     @property
     def fill(self) -> Any:
         """What stands where there is no value: NaN, -1, or 0 where the type has neither."""
-        kind = np.dtype(self.dtype).kind
-        return np.dtype(self.dtype).type(np.nan if kind == "f" else -1 if kind == "i" else 0)
+        if self.dtype == BFLOAT16:
+            return np.uint16(0x7FC0)
+        kind = self.stored_dtype.kind
+        return self.stored_dtype.type(np.nan if kind == "f" else -1 if kind == "i" else 0)
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk, decoded."""
-        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.chunk_shape) * self.stored_dtype.itemsize
 
     def key(self, chunk: int) -> str:
         """Return the file name of a chunk, as Zarr v3 has it."""

@@ -14,9 +14,10 @@ from numpy.typing import DTypeLike
 from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
 from fisher_ray.store.batches import Batches
+from fisher_ray.store.bfloat import from_bfloat16
 from fisher_ray.store.chunks import read_chunk
 from fisher_ray.store.documents import each, read_layouts, read_sealed
-from fisher_ray.store.layout import SEAL, Layout
+from fisher_ray.store.layout import BFLOAT16, SEAL, Layout
 from fisher_ray.store.seal import manifest_units, read_manifests
 
 
@@ -86,7 +87,8 @@ class FeatureStore:
     def read(self, name: str, start: int, stop: int, out_dtype: DTypeLike | None = None) -> np.ndarray:
         """Return rows ``[start, stop)`` in their own unit, shape ``(stop - start, *shape_tail)``.
 
-        float16 becomes float32, other types stay, unless ``out_dtype`` says otherwise. Skipped rows are NaN, or -1.
+        float16 and bfloat16 become float32, others stay, unless ``out_dtype`` says otherwise. Skipped rows are NaN, or
+        -1.
 
         Raises:
             StoreError: if there is no such array or row, or a chunk is missing or corrupt.
@@ -97,9 +99,9 @@ class FeatureStore:
         return self._read(layout, start, stop, dtype, layout.scale)
 
     def read_raw(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows ``[start, stop)`` as they are stored: same type, not scaled back. Errors as :meth:`read`."""
+        """Return rows ``[start, stop)`` as they are stored: not scaled back, bfloat16 as uint16. Errors as above."""
         layout = self.layout(name)
-        return self._read(layout, start, stop, np.dtype(layout.dtype), 1.0)
+        return self._read(layout, start, stop, layout.stored_dtype, 1.0)
 
     def iter_chunks(self, names: Sequence[str], rows: range | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Yield the arrays ``names`` a chunk at a time, in row order, without skipped rows, one chunk read ahead.
@@ -146,14 +148,14 @@ class FeatureStore:
         return {name: np.delete(values, gone, axis=0) for name, values in block.items()} if gone else block
 
     def _read_dtype(self, layout: Layout) -> np.dtype[Any]:
-        return np.dtype(np.float32 if layout.dtype == "float16" else layout.dtype)
+        return np.dtype(np.float32 if layout.dtype in ("float16", BFLOAT16) else layout.dtype)
 
     def _read(self, layout: Layout, start: int, stop: int, dtype: np.dtype[Any], scale: float) -> np.ndarray:
         if not 0 <= start <= stop <= self.num_rows:
             raise StoreError(f"{self.url}: rows [{start}, {stop}) are not within the store's {self.num_rows} rows")
         some = layout.num_chunks and start < stop
         chunks = range(start // layout.chunk_rows, -(-stop // layout.chunk_rows)) if some else range(0)
-        if len(chunks) == 1 and scale == 1.0 and dtype == layout.dtype:
+        if len(chunks) == 1 and scale == 1.0 and dtype == layout.stored_dtype:
             first = chunks[0] * layout.chunk_rows
             stored = read_chunk(self._storage, layout, chunks[0])[start - first : stop - first]
             return stored if stored.flags.writeable else stored.copy()  # the quickest way: nothing is moved
@@ -166,6 +168,9 @@ def _copy_chunk(storage: Storage, layout: Layout, out: np.ndarray, start: int, s
     stored, first = read_chunk(storage, layout, chunk), chunk * layout.chunk_rows
     low, high = max(start, first), min(start + len(out), first + len(stored))
     target = out[low - start : high - start]
-    np.copyto(target, stored[low - first : high - first], casting="unsafe")
+    part = stored[low - first : high - first]
+    if layout.dtype == BFLOAT16 and target.dtype.kind == "f":
+        part = from_bfloat16(part)
+    np.copyto(target, part, casting="unsafe")
     if scale != 1.0:
         np.multiply(target, scale, out=target, casting="unsafe")

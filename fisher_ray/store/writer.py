@@ -9,10 +9,12 @@ import numpy as np
 from fisher_ray.errors import DataError, StoreError
 from fisher_ray.records import Unit
 from fisher_ray.storage import Storage
+from fisher_ray.store.bfloat import from_bfloat16, to_bfloat16
 from fisher_ray.store.chunks import entry, new_chunk, seal_chunk
 from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root
 from fisher_ray.store.layout import (
     ATTRIBUTE,
+    BFLOAT16,
     ROOT,
     SCHEMA,
     SEAL,
@@ -127,11 +129,16 @@ class _Writer:
     def _store(self, stored: np.ndarray, part: slice) -> None:
         values = self.values[part].reshape(stored.shape)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):  # what does not fit is found below
-            if self.layout.scale == 1.0:
+            if self.layout.dtype == BFLOAT16:
+                stored[...] = to_bfloat16(values.astype(np.float32, copy=False))
+            elif self.layout.scale == 1.0:
                 np.copyto(stored, values, casting="same_kind")
             else:
                 np.divide(values, self.layout.scale, out=stored, casting="same_kind", dtype=_working_dtype(values))
-        fits = np.isfinite(stored) if stored.dtype.kind == "f" else stored == values
+        if self.layout.dtype == BFLOAT16:
+            fits = np.isfinite(from_bfloat16(stored))
+        else:
+            fits = np.isfinite(stored) if stored.dtype.kind == "f" else stored == values
         if not fits.all():
             wrong = int(np.flatnonzero(~fits.reshape(len(fits), -1).all(axis=1))[0])
             self._refuse(values[wrong], int(self.index[part][wrong]))
@@ -170,12 +177,14 @@ def _check_arrays(layouts: dict[str, Layout], arrays: dict[str, np.ndarray], uni
             f"unit {unit.index} has arrays {sorted(arrays)}, the store {sorted(layouts)}. Give exactly these."
         )
     for name, layout in layouts.items():
-        given, dtype = arrays[name], np.dtype(layout.dtype)
+        given, dtype = arrays[name], np.dtype(np.float32 if layout.dtype == BFLOAT16 else layout.dtype)
         if given.shape[1:] != layout.shape[1:] or len(given) not in (len(unit), len(kept)):
             wanted = [len(unit), *layout.shape[1:]]
             raise StoreError(f"unit {unit.index}: array {name!r} has shape {list(given.shape)} instead of {wanted}")
         if not np.can_cast(given.dtype, dtype, "same_kind"):
-            raise StoreError(f"unit {unit.index}: array {name!r} is {given.dtype}, which does not cast to {dtype}")
+            raise StoreError(
+                f"unit {unit.index}: array {name!r} is {given.dtype}, which does not cast to {layout.dtype}"
+            )
 
 
 def _refuse_another(storage: Storage, own: dict[str, Any], attributes: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from fisher_ray.errors import FisherRayError, StoreError
 from fisher_ray.storage import Storage
-from fisher_ray.store.chunks import ZSTD_LEVEL
-from fisher_ray.store.layout import ATTRIBUTE, MANIFESTS, ROOT, SEAL, Layout
+from fisher_ray.store.chunks import BLOSC, ZSTD_LEVEL
+from fisher_ray.store.layout import ATTRIBUTE, BFLOAT16, MANIFESTS, ROOT, SEAL, Layout
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -27,16 +27,20 @@ def metadata_files(layouts: Iterable[Layout], attributes: dict[str, Any]) -> dic
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes, zarr_format=3)
     for layout in layouts:
-        zstd = [ZstdCodec(level=ZSTD_LEVEL, checksum=False)] if layout.codec == "zstd" else []
+        packing: list[Any] = []
+        if layout.codec == "zstd":
+            packing = [ZstdCodec(level=ZSTD_LEVEL, checksum=False)]
+        elif layout.codec == "blosc":
+            packing = [BloscCodec(**BLOSC, shuffle="shuffle", typesize=layout.stored_dtype.itemsize)]
         group.create_array(
             layout.name,
             shape=layout.shape,
-            dtype=layout.dtype,
+            dtype=layout.stored_dtype.name,
             chunks=layout.chunk_shape,
-            compressors=[*zstd, Crc32cCodec()],
+            compressors=[*packing, Crc32cCodec()],
             fill_value=layout.fill,
             dimension_names=layout.dims,
-            attributes={"scale": layout.scale},
+            attributes={"scale": layout.scale, **({"stored_as": BFLOAT16} if layout.dtype == BFLOAT16 else {})},
         )
     names = sorted(files, key=lambda name: ("/" not in name, name))
     return {name: files[name].to_bytes() for name in names}

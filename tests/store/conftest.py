@@ -64,7 +64,7 @@ class Store:
         return Path(self.url, name)
 
 
-@pytest.fixture(params=["none", "zstd"])
+@pytest.fixture(params=["none", "zstd", "blosc"])
 def codec(request) -> str:
     return request.param
 

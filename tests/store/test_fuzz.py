@@ -118,15 +118,15 @@ def attempt(act, url):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("codec", ["none", "zstd", "blosc"])
 def test_changed_documents_and_chunks_of_a_feature_store(tmp_path, codec):
     url, chance, survived = str(tmp_path / "s"), random.Random(codec), 0
     write_store(url, codec)
     whole, expected = snapshot(url), make_rows()
     documents = sorted(name for name in whole if name.endswith(".json"))
     chunks = sorted(set(whole) - set(documents))
-    for number in range(NUM_DOCUMENTS // 2 + NUM_DOCUMENTS // 20):
-        document = number < NUM_DOCUMENTS // 2
+    for number in range(NUM_DOCUMENTS // 3 + NUM_DOCUMENTS // 30):
+        document = number < NUM_DOCUMENTS // 3
         name = chance.choice(documents if document else chunks)
         raw = damaged(whole[name], chance, document=document)
         path = tmp_path / "s" / name

@@ -98,7 +98,7 @@ def test_another_store_at_the_same_place_is_refused(tmp_path, name):
     [
         ({"unit_rows": 6}, "multiple of chunk_rows"),
         ({"num_rows": 0}, "not all positive"),
-        ({"codec": "lz4"}, "'lz4' is not one of none, zstd"),
+        ({"codec": "lz4"}, "'lz4' is not one of none, zstd, blosc"),
         ({"arrays": {}}, "without arrays"),
         ({"arrays": {"a": ArraySpec((2,), "float16", ("sample",))}}, "do not name each axis"),
         ({"arrays": {"a": ArraySpec((), "object", ("sample",))}}, "dtype 'object'"),

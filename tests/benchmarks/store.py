@@ -1,0 +1,182 @@
+"""The feature store's speed beside plain files of the same bytes, and in S3 beside s3fs' own calls.
+
+``python -m tests.benchmarks.store [--rounds 7] [--folder /tmp] [--no-s3]``: rounds are interleaved in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fisher_ray.records import Unit
+from fisher_ray.store import ArraySpec, StoreSpec, create_store, open_features, seal, write_unit
+from tests.s3_server import KEY, SECRET, S3Server, make_bucket
+
+UNITS, UNIT_ROWS, CHUNK_ROWS, COLUMNS = 4, 2048, 1024, 10240
+CONCURRENCY = {"local": 2, "s3": 8}
+"""As many threads as the store itself uses."""
+
+
+def spec(dtype: str = "float16") -> StoreSpec:
+    """One array of 10,240 columns."""
+    arrays = {"features": ArraySpec((COLUMNS,), dtype, ("sample", "rank"))}
+    return StoreSpec(UNITS * UNIT_ROWS, UNIT_ROWS, CHUNK_ROWS, "none", arrays)
+
+
+def write_store(url: str, values: list[np.ndarray]) -> None:
+    """Write and seal a store."""
+    create_store(url, spec())
+    for number, rows in enumerate(values):
+        unit = Unit(number, number * UNIT_ROWS, (number + 1) * UNIT_ROWS)
+        write_unit(url, unit, {"features": rows}, attempt=1, skipped={})
+    seal(url, UNITS)
+
+
+def read_store(url: str, *, raw: bool) -> None:
+    """Read a store a unit at a time."""
+    store = open_features(url)
+    read = store.read_raw if raw else store.read
+    for number in range(UNITS):
+        read("features", number * UNIT_ROWS, (number + 1) * UNIT_ROWS)
+
+
+def write_plain(folder: Path, values: list[np.ndarray]) -> None:
+    """Write the same bytes in files of a chunk's size, each on the disk before the next, as the store's are."""
+    folder.mkdir()
+
+    def write(part: tuple[int, np.ndarray]) -> None:
+        with (folder / str(part[0])).open("wb") as file:
+            file.write(part[1].data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(CONCURRENCY["local"]) as threads:
+        list(threads.map(write, enumerate(pieces(values))))
+
+
+def read_plain(folder: Path) -> None:
+    """Read them."""
+
+    def read(path: Path) -> None:
+        np.fromfile(path, np.uint8)
+
+    with ThreadPoolExecutor(CONCURRENCY["local"]) as threads:
+        list(threads.map(read, sorted(folder.iterdir())))
+
+
+def pieces(values: list[np.ndarray]) -> list[np.ndarray]:
+    """Return chunks."""
+    return [rows[first : first + CHUNK_ROWS] for rows in values for first in range(0, UNIT_ROWS, CHUNK_ROWS)]
+
+
+def write_objects(files: Any, url: str, values: list[np.ndarray]) -> None:
+    """Write the same bytes by s3fs."""
+
+    def write(part: tuple[int, np.ndarray]) -> None:
+        files.pipe_file(f"{url}/{part[0]}", part[1].tobytes())
+
+    with ThreadPoolExecutor(CONCURRENCY["s3"]) as threads:
+        list(threads.map(write, enumerate(pieces(values))))
+
+
+def read_objects(files: Any, url: str) -> None:
+    """Read them."""
+    with ThreadPoolExecutor(CONCURRENCY["s3"]) as threads:
+        list(threads.map(files.cat_file, [f"{url}/{number}" for number in range(UNITS * UNIT_ROWS // CHUNK_ROWS)]))
+
+
+def compare(what: str, num_bytes: int, rounds: int, ways: dict[str, Callable[[], Any]]) -> None:
+    """Print each way's rate, and its share of the first's, medians of interleaved rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    first = next(iter(ways))
+    for name, found in seconds.items():
+        shares = [a / b for a, b in zip(seconds[first], found, strict=True)]
+        rate = num_bytes / statistics.median(found) / 1e6
+        print(f"{what:12} {name:24} {rate:7.0f} MB/s  {100 * statistics.median(shares):4.0f} %", flush=True)
+
+
+@contextmanager
+def bucket() -> Iterator[tuple[Any, str]]:
+    """Yield s3fs and a bucket of a server on loopback."""
+    import s3fs
+
+    server = S3Server()
+    os.environ |= {"AWS_ENDPOINT_URL": server.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    try:
+        files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint, use_listings_cache=False)
+        yield files, make_bucket(server.endpoint, "benchmark")
+    finally:
+        server.kill()
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description="The feature store's speed beside plain files.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
+    parser.add_argument("--no-s3", action="store_true")
+    given = parser.parse_args()
+    chance = np.random.default_rng(0)
+    values = [chance.standard_normal((UNIT_ROWS, COLUMNS), np.float32).astype(np.float16) for _ in range(UNITS)]
+    num_bytes = sum(rows.nbytes for rows in values)
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        plain, store = Path(name, "plain"), Path(name, "store.zarr")
+
+        def again(folder: Path, act: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                shutil.rmtree(folder, ignore_errors=True)
+                act()
+
+            return run
+
+        write = {
+            "plain files, on the disk": again(plain, lambda: write_plain(plain, values)),
+            "store": again(store, lambda: write_store(str(store), values)),
+        }
+        compare("local write", num_bytes, given.rounds, write)
+        size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+        print(f"bytes on the disk: {size / num_bytes:.4f} of the data's")
+        read = {
+            "plain files": lambda: read_plain(plain),
+            "store, as stored": lambda: read_store(str(store), raw=True),
+            "store, as float32": lambda: read_store(str(store), raw=False),
+        }
+        compare("local read", num_bytes, given.rounds, read)
+    if given.no_s3:
+        return
+    with bucket() as (files, url):
+        write_s3 = {
+            "s3fs": lambda: write_objects(files, f"{url}/plain", values),
+            "store": lambda: (
+                (files.rm(f"{url}/s", recursive=True) if files.exists(f"{url}/s") else None)
+                or write_store(f"{url}/s", values)
+            ),
+        }
+        compare("S3 write", num_bytes, given.rounds, write_s3)
+        read_s3 = {
+            "s3fs": lambda: read_objects(files, f"{url}/plain"),
+            "store, as stored": lambda: read_store(f"{url}/s", raw=True),
+        }
+        compare("S3 read", num_bytes, given.rounds, read_s3)
+
+
+if __name__ == "__main__":
+    main()
