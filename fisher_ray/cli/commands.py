@@ -193,12 +193,17 @@ def inspect(url: UrlArgument, debug: Debug = False) -> None:
             for key in ("bases", "parts", "layers"):  # told below
                 found["attributes"].pop(key, None)
             found["metric"] = _shortened(LowRankMetric.load(url).summary())
+        if found["kind"] == "features" and found["sealed"]:
+            found["glance"] = store.glance(store.open_features(url))
         _print_mapping(found)
 
 
 def _shortened(summary: dict[str, Any]) -> dict[str, Any]:
     """Leave the first and last of many eigenvalues."""
+    from fisher_ray.store import bars
+
     for entry in [*summary["parts"], *summary["layers"]]:
+        entry["spectrum"] = bars(list(entry["eigvals"]))
         values = [float(f"{value:.4g}") for value in entry["eigvals"]]
         entry["num_eigvals"] = len(values)
         entry["eigvals"] = values if len(values) <= 6 else [*values[:5], "…", values[-1]]

@@ -54,6 +54,13 @@ class Config(Section):
         if self.runtime.unit_rows % self.store.chunk_rows:
             rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
             raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
+        if (shard := self.store.shard_rows) is not None:
+            rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
+            if shard % chunk or rows % shard:
+                raise ValueError(
+                    f"store.shard_rows {shard} is not a multiple of store.chunk_rows {chunk} that divides "
+                    f"runtime.unit_rows {rows}"
+                )
         self.metric.check_labels(self.metric_labels)
         if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
             raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")

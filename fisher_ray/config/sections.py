@@ -207,6 +207,8 @@ class StoreConfig(Section):
     """float16 is scaled to fit; bfloat16 has its range of itself, and an eighth of the precision."""
     chunk_rows: PositiveInt = 1024
     codec: Literal["none", "zstd", "blosc"] = "none"
+    shard_rows: PositiveInt | None = None
+    """Rows of one file, where it is to hold several chunks (a Zarr shard): fewer and larger objects."""
 
 
 class LinearConfig(Section):

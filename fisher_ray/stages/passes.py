@@ -294,7 +294,8 @@ def feature_spec(
     num_classes = facts.num_classes if config.scores.labels == "all" else None
     arrays = feature_arrays(rank, num_classes, facts.num_classes, facts.hidden, config.store.dtype, feature_rms)
     rows, store = facts.num_rows[split], config.store
-    return StoreSpec(rows, config.runtime.unit_rows, store.chunk_rows, store.codec, arrays, attributes)
+    unit_rows, shard_rows = config.runtime.unit_rows, store.shard_rows
+    return StoreSpec(rows, unit_rows, store.chunk_rows, store.codec, arrays, attributes, shard_rows)
 
 
 def feature_arrays(

@@ -83,7 +83,8 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
     arrays = 4 if facts.hidden is None else 5
     metadata = 2 * (arrays + 2)  # of each array and the group, and the seal, in both stores
-    chunks = sum(-(-facts.num_rows[split] // config.store.chunk_rows) for split in ("shallow", "test"))
+    file_rows = config.store.shard_rows or config.store.chunk_rows
+    chunks = sum(-(-facts.num_rows[split] // file_rows) for split in ("shallow", "test"))
     return {
         "output": config.output,
         "samples": dict(facts.num_rows),

@@ -9,6 +9,7 @@ from fisher_ray.store.layout import SEAL, ArraySpec, StoreSpec
 from fisher_ray.store.reader import FeatureStore, open_features
 from fisher_ray.store.repair import Repair, repair
 from fisher_ray.store.seal import finished_units, seal
+from fisher_ray.store.statistics import bars, glance
 from fisher_ray.store.writer import create_store, write_unit
 from fisher_ray.store.zarr_group import open_arrays
 
@@ -18,9 +19,11 @@ __all__ = [
     "FeatureStore",
     "Repair",
     "StoreSpec",
+    "bars",
     "create_store",
     "describe",
     "finished_units",
+    "glance",
     "load_arrays",
     "open_arrays",
     "open_features",

@@ -11,7 +11,7 @@ import numpy as np
 
 from fisher_ray.errors import StoreError
 from fisher_ray.storage import Bytes, Storage
-from fisher_ray.store.chunks import entry, new_chunk, read_chunk, seal_chunk
+from fisher_ray.store.chunks import entry, new_chunk, read_file, seal_chunk
 from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root, read_sealed
 from fisher_ray.store.layout import ATTRIBUTE, ROOT, SCHEMA, SEAL, Layout, check_layout
 from fisher_ray.store.zarr_group import metadata_files
@@ -143,7 +143,7 @@ def _read(storage: Storage, layout: Layout) -> np.ndarray:
     out = np.empty(layout.shape, layout.stored_dtype)
 
     def copy(chunk: int) -> None:
-        stored, rows = read_chunk(storage, layout, chunk), layout.rows(chunk)
+        (stored,), rows = read_file(storage, layout, chunk, range(chunk, chunk + 1)), layout.rows(chunk)
         if layout.shape:
             out[rows.start : rows.stop] = stored[: len(rows)]
         else:

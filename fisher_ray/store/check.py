@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fisher_ray.errors import StoreError
@@ -76,7 +77,13 @@ def describe(url: str) -> dict[str, Any]:
         units = {"planned": -(-own["num_rows"] // own["unit_rows"]), "finished": len(finished_units(url))}
         found |= {"num_rows": own["num_rows"], "unit_rows": own["unit_rows"], "units": units}
         found["num_skipped"] = len(sealed["skipped"]) if sealed else None
-    arrays = {name: {**layout.to_json(), "chunks": layout.num_chunks} for name, layout in read_layouts(own).items()}
+    arrays = {}
+    for name, layout in read_layouts(own).items():
+        stored = sum(size for key, size in sizes.items() if key.startswith(f"{name}/c"))
+        data = math.prod(layout.shape) * layout.stored_dtype.itemsize
+        arrays[name] = {**layout.to_json(), "chunks": layout.num_chunks, "stored_bytes": stored}
+        if sealed is not None and stored:
+            arrays[name]["compression_ratio"] = round(data / stored, 3)
     return {**found, "arrays": arrays, "attributes": attributes}
 
 
@@ -88,7 +95,7 @@ def _verify_unsealed(storage: Storage, sizes: dict[str, int]) -> list[tuple[str,
     problems += [(name, "missing") for name in sorted(metadata - set(sizes))]
     manifests = read_manifests(storage, units)
     problems += [(manifest_name(unit), "wrong checksum") for unit in sorted(units - set(manifests))]
-    chunks = {layout.key(chunk) for layout in layouts.values() for chunk in range(layout.num_chunks)}
+    chunks = {layout.key(file) for layout in layouts.values() for file in range(layout.num_files)}
     known = {ROOT, *metadata, *map(manifest_name, units), *chunks}
     problems += [(name, f"{FOREIGN}, no array has it") for name in sizes if name not in known]
     announced = {item["key"]: item for content in manifests.values() for item in chunk_entries(content)}

@@ -25,6 +25,8 @@ ZSTD_LEVEL = 1
 BLOSC: dict[str, Any] = {"cname": "lz4", "clevel": 5, "blocksize": 0}
 """Of Blosc; bytes are shuffled by the values' size, too."""
 CHECKSUM_BYTES = 4
+ABSENT = 2**64 - 1
+"""What a shard's index says of a chunk that is not there."""
 
 
 def crc32c(data: Bytes | np.ndarray) -> int:
@@ -54,10 +56,15 @@ def seal_chunk(layout: Layout, raw: np.ndarray) -> Bytes:
     return raw.data
 
 
-def entry(key: str, data: Bytes) -> dict[str, Any]:
-    """Return what a manifest keeps of a stored file: of a chunk, the checksum that it ends in."""
-    kept = crc32c(data) if key.endswith(ROOT) else _own_checksum(data)
-    return {"key": key, "size": len(data), "crc32c": kept}
+def entry(key: str, data: Bytes, chunks: int | None = None) -> dict[str, Any]:
+    """Return what a manifest keeps of a stored file: of a chunk, the checksum that it ends in.
+
+    Of a shard of so many ``chunks``, it is the checksum of all that its chunks end in, and of its index.
+    """
+    size = {"key": key, "size": len(data)}
+    if chunks is not None:
+        return {**size, "crc32c": _shard_checksum(data, chunks), "chunks": chunks}
+    return {**size, "crc32c": crc32c(data) if key.endswith(ROOT) else _own_checksum(data)}
 
 
 def is_intact(item: dict[str, Any], data: Bytes) -> bool:
@@ -68,22 +75,97 @@ def is_intact(item: dict[str, Any], data: Bytes) -> bool:
     """
     if item["key"].endswith(ROOT):
         return bool(crc32c(data) == item["crc32c"])
+    if item.get("chunks") is not None:
+        return _is_intact_shard(item, data)
     return bool(crc32c(data[:-CHECKSUM_BYTES]) == _own_checksum(data) == item["crc32c"])
 
 
-def read_chunk(storage: Storage, layout: Layout, chunk: int) -> np.ndarray:
-    """Return a chunk's stored values, ``layout.chunk_shape``.
+def seal_shard(layout: Layout, chunks: list[Bytes]) -> bytes:
+    """Return a shard's bytes, as Zarr has them: chunks from :func:`seal_chunk`, and the index of where each begins."""
+    index = np.full((layout.chunks_a_file, 2), ABSENT, "<u8")
+    sizes = np.array([len(chunk) for chunk in chunks], "<u8")
+    index[: len(chunks), 1] = sizes
+    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
+    raw = index.tobytes()
+    return b"".join([*chunks, raw, crc32c(raw).to_bytes(CHECKSUM_BYTES, "little")])
+
+
+def read_file(storage: Storage, layout: Layout, file: int, chunks: range) -> list[np.ndarray]:
+    """Return the stored values of some consecutive ``chunks`` of a file, each ``layout.chunk_shape``.
 
     Raises:
-        StoreError: if the chunk is missing or its bytes changed.
+        StoreError: if a chunk is missing or its bytes changed.
         StorageError: if storage does not answer.
     """
-    key = layout.key(chunk)
+    key = layout.key(file)
     try:
-        raw = storage.read_array(key)
+        if layout.shard_rows is None:
+            return [_decode(storage.url, layout, key, storage.read_array(key))]
+        return _read_shard(storage, layout, file, chunks)
     except FileNotFoundError:
         raise StoreError(f"{storage.url}: chunk {key} is missing. Restore it, or write the store again.") from None
-    return _decode(storage.url, layout, key, raw)
+
+
+def _read_shard(storage: Storage, layout: Layout, file: int, chunks: range) -> list[np.ndarray]:
+    key, held = layout.key(file), layout.chunks(file)
+    if chunks == held:  # all of it at once
+        raw = storage.read_array(key)
+        index, first = _index(raw[-_index_bytes(layout.chunks_a_file) :].data, layout.chunks_a_file, len(held)), 0
+    else:
+        tail = storage.read_bytes(key, start=-_index_bytes(layout.chunks_a_file))
+        index = _index(tail, layout.chunks_a_file, len(held))
+    if index is None:
+        raise StoreError(f"{storage.url}: the index of shard {key} is corrupt. Restore it, or write the store again.")
+    wanted = index[chunks.start - held.start : chunks.stop - held.start]
+    if chunks != held:
+        first = int(wanted[0, 0])
+        raw = np.frombuffer(storage.read_bytes(key, first, int(wanted[-1].sum())), np.uint8)
+    spans = [(int(offset) - first, int(offset + size) - first) for offset, size in wanted]
+    return [_decode(storage.url, layout, key, raw[start:stop]) for start, stop in spans]
+
+
+def _index_bytes(chunks: int) -> int:
+    return 16 * chunks + CHECKSUM_BYTES
+
+
+def _index(raw: Bytes, chunks: int, present: int) -> np.ndarray | None:
+    """Return a shard's index, ``(present, 2)``: offsets and sizes, one after the other; None if it is not whole."""
+    if len(raw) != _index_bytes(chunks) or crc32c(raw[:-CHECKSUM_BYTES]) != _own_checksum(raw):
+        return None
+    index = np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(chunks, 2)
+    used, rest = index[:present], index[present:]
+    ends = np.cumsum(used[:, 1])
+    whole = (rest == ABSENT).all() and (used[:, 0] == ends - used[:, 1]).all() and (used < 2**48).all()
+    return used if whole else None
+
+
+def _shard_parts(data: Bytes, chunks: int) -> tuple[np.ndarray, Bytes] | None:
+    """Return a shard's index of all its chunks that are there, and its bytes; None if it is not whole."""
+    tail = data[max(len(data) - _index_bytes(chunks), 0) :]
+    if len(tail) != _index_bytes(chunks):
+        return None
+    present = int((np.frombuffer(tail[:-CHECKSUM_BYTES], "<u8")[::2] != ABSENT).sum())
+    index = _index(tail, chunks, present)
+    if index is None or int(index[:, 1].sum()) + len(tail) != len(data):
+        return None
+    return index, tail
+
+
+def _shard_checksum(data: Bytes, chunks: int) -> int:
+    found = _shard_parts(data, chunks)
+    if found is None:
+        return -1  # of nothing that is stored
+    index, tail = found
+    own = b"".join(bytes(data[int(offset + size) - CHECKSUM_BYTES : int(offset + size)]) for offset, size in index)
+    return crc32c(own + bytes(tail))
+
+
+def _is_intact_shard(item: dict[str, Any], data: Bytes) -> bool:
+    found = _shard_parts(data, item["chunks"])
+    if found is None or _shard_checksum(data, item["chunks"]) != item["crc32c"]:
+        return False
+    parts = [data[int(offset) : int(offset + size)] for offset, size in found[0]]
+    return all(crc32c(part[:-CHECKSUM_BYTES]) == _own_checksum(part) for part in parts)
 
 
 def _decode(url: str, layout: Layout, key: str, raw: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ MAX_CHUNKS = 2**23
 MAX_CHUNK_BYTES = 2**33
 """Bytes of a chunk at most, decoded."""
 CODECS = ("none", "zstd", "blosc")
+MAX_SHARD_CHUNKS = 2**16
+"""Chunks of a shard at most."""
 BFLOAT16 = "bfloat16"
 """Stored as its bits, uint16, since Zarr has no such type; the array's attribute ``stored_as`` says so."""
 DTYPES = (
@@ -56,6 +58,8 @@ class StoreSpec:
         codec: ``none``, ``zstd`` or ``blosc``; every chunk ends in its CRC-32C in any case.
         arrays: by name.
         attributes: JSON values kept with the group.
+        shard_rows: rows of one file, where it holds several chunks (a Zarr shard): a whole number of chunks, and a
+            whole number of them in a unit. None: every chunk is a file.
     """
 
     num_rows: int
@@ -64,11 +68,12 @@ class StoreSpec:
     codec: str
     arrays: dict[str, ArraySpec]
     attributes: dict[str, Any] = field(default_factory=dict)
+    shard_rows: int | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One array as it is stored: chunks of whole rows along the first axis.
+    """One array as it is stored: chunks of whole rows along the first axis, each a file or several in one.
 
     Attributes:
         name: of the array and its folder.
@@ -78,6 +83,7 @@ class Layout:
         chunk_rows: rows of one chunk; the last chunk is filled up.
         codec: ``none``, ``zstd`` or ``blosc``.
         scale: value = stored * scale.
+        shard_rows: rows of one file, where it holds several chunks.
     """
 
     name: str
@@ -87,6 +93,7 @@ class Layout:
     chunk_rows: int
     codec: str
     scale: float = 1.0
+    shard_rows: int | None = None
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -100,10 +107,25 @@ class Layout:
 
     @property
     def num_chunks(self) -> int:
-        """Number of chunk files."""
+        """Number of chunks."""
         if 0 in self.shape:
             return 0
         return math.ceil(self.shape[0] / self.chunk_rows) if self.shape else 1
+
+    @property
+    def chunks_a_file(self) -> int:
+        """Number of chunks in one file; the last file may lack some."""
+        return 1 if self.shard_rows is None else self.shard_rows // self.chunk_rows
+
+    @property
+    def num_files(self) -> int:
+        """Number of files of chunks."""
+        return -(-self.num_chunks // self.chunks_a_file)
+
+    def chunks(self, file: int) -> range:
+        """Return the chunks in a file."""
+        size = self.chunks_a_file
+        return range(file * size, min((file + 1) * size, self.num_chunks))
 
     @property
     def fill(self) -> Any:
@@ -118,9 +140,9 @@ class Layout:
         """Bytes of one chunk, decoded."""
         return math.prod(self.chunk_shape) * self.stored_dtype.itemsize
 
-    def key(self, chunk: int) -> str:
-        """Return the file name of a chunk, as Zarr v3 has it."""
-        return "/".join([self.name, "c", *([str(chunk)] if self.shape else []), *("0" for _ in self.shape[1:])])
+    def key(self, file: int) -> str:
+        """Return the name of a file of chunks, as Zarr v3 has it."""
+        return "/".join([self.name, "c", *([str(file)] if self.shape else []), *("0" for _ in self.shape[1:])])
 
     def rows(self, chunk: int) -> range:
         """Return the rows of a chunk (a scalar has one)."""
@@ -131,14 +153,16 @@ class Layout:
         """Return what :meth:`from_json` reads, without the name."""
         shape, dims = list(self.shape), list(self.dims)
         how = {"dtype": self.dtype, "chunk_rows": self.chunk_rows, "codec": self.codec, "scale": self.scale}
-        return {"shape": shape, "dims": dims, **how}
+        sharded = {} if self.shard_rows is None else {"shard_rows": self.shard_rows}
+        return {"shape": shape, "dims": dims, **how, **sharded}
 
     @classmethod
     def from_json(cls, name: str, values: dict[str, Any]) -> Layout:
         """Undo :meth:`to_json`."""
         shape, dims = tuple(map(int, values["shape"])), tuple(map(str, values["dims"]))
-        scale = float(values["scale"])
-        return cls(name, shape, str(values["dtype"]), dims, int(values["chunk_rows"]), str(values["codec"]), scale)
+        scale, sharded = float(values["scale"]), values.get("shard_rows")
+        chunk_rows, shard_rows = int(values["chunk_rows"]), None if sharded is None else int(sharded)
+        return cls(name, shape, str(values["dtype"]), dims, chunk_rows, str(values["codec"]), scale, shard_rows)
 
 
 def manifest_name(unit: int) -> str:
@@ -161,7 +185,8 @@ def layouts_of(spec: StoreSpec) -> dict[str, Layout]:
     made = {}
     for name, array in spec.arrays.items():
         shape = (spec.num_rows, *array.shape_tail)
-        layout = Layout(name, shape, array.dtype, array.dims, spec.chunk_rows, spec.codec, float(array.scale))
+        how = (spec.chunk_rows, spec.codec, float(array.scale), spec.shard_rows)
+        layout = Layout(name, shape, array.dtype, array.dims, *how)
         check_layout(layout)
         made[name] = layout
     return made
@@ -209,6 +234,11 @@ def _check_rows(spec: StoreSpec) -> None:
     if rows % chunk:
         raise StoreError(
             f"unit_rows {rows} is not a multiple of chunk_rows {chunk}, so two writers would share a chunk"
+        )
+    if (shard := spec.shard_rows) is not None and (shard <= 0 or shard % chunk or rows % shard):
+        raise StoreError(
+            f"shard_rows {shard} is not a multiple of chunk_rows {chunk} that divides unit_rows {rows}, so two writers "
+            "would share a shard"
         )
     if not spec.arrays:
         raise StoreError("a store without arrays. Give at least one.")

@@ -15,7 +15,7 @@ from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
 from fisher_ray.store.batches import Batches
 from fisher_ray.store.bfloat import from_bfloat16
-from fisher_ray.store.chunks import read_chunk
+from fisher_ray.store.chunks import read_file
 from fisher_ray.store.documents import each, read_layouts, read_sealed
 from fisher_ray.store.layout import BFLOAT16, SEAL, Layout
 from fisher_ray.store.seal import manifest_units, read_manifests
@@ -155,17 +155,28 @@ class FeatureStore:
             raise StoreError(f"{self.url}: rows [{start}, {stop}) are not within the store's {self.num_rows} rows")
         some = layout.num_chunks and start < stop
         chunks = range(start // layout.chunk_rows, -(-stop // layout.chunk_rows)) if some else range(0)
+        size = layout.chunks_a_file
         if len(chunks) == 1 and scale == 1.0 and dtype == layout.stored_dtype:
             first = chunks[0] * layout.chunk_rows
-            stored = read_chunk(self._storage, layout, chunks[0])[start - first : stop - first]
+            stored = read_file(self._storage, layout, chunks[0] // size, chunks)[0][start - first : stop - first]
             return stored if stored.flags.writeable else stored.copy()  # the quickest way: nothing is moved
         out = np.empty((stop - start, *layout.shape[1:]), dtype)
-        each(self._storage, partial(_copy_chunk, self._storage, layout, out, start, scale), chunks)
+        files = range(chunks.start // size, -(-chunks.stop // size))
+        each(self._storage, partial(_copy_file, self._storage, layout, out, start, scale, chunks), files)
         return out
 
 
-def _copy_chunk(storage: Storage, layout: Layout, out: np.ndarray, start: int, scale: float, chunk: int) -> None:
-    stored, first = read_chunk(storage, layout, chunk), chunk * layout.chunk_rows
+def _copy_file(
+    storage: Storage, layout: Layout, out: np.ndarray, start: int, scale: float, wanted: range, file: int
+) -> None:
+    held = layout.chunks(file)
+    chunks = range(max(held.start, wanted.start), min(held.stop, wanted.stop))
+    for chunk, stored in zip(chunks, read_file(storage, layout, file, chunks), strict=True):
+        _copy_chunk(layout, out, start, scale, chunk, stored)
+
+
+def _copy_chunk(layout: Layout, out: np.ndarray, start: int, scale: float, chunk: int, stored: np.ndarray) -> None:
+    first = chunk * layout.chunk_rows
     low, high = max(start, first), min(start + len(out), first + len(stored))
     target = out[low - start : high - start]
     part = stored[low - first : high - first]

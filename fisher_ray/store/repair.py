@@ -71,6 +71,6 @@ def _units(storage: Storage, damaged: set[str]) -> list[int] | None:
         return None
     found = manifest_units(damaged)
     for layout in read_layouts(own).values():
-        chunks = [chunk for chunk in range(layout.num_chunks) if layout.key(chunk) in damaged]
-        found |= {layout.rows(chunk).start // own["unit_rows"] for chunk in chunks}
+        files = [file for file in range(layout.num_files) if layout.key(file) in damaged]
+        found |= {layout.rows(layout.chunks(file).start).start // own["unit_rows"] for file in files}
     return sorted(found)

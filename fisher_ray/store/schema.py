@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fisher_ray.errors import StoreError
-from fisher_ray.store.layout import MAX_CHUNK_BYTES, MAX_CHUNKS, Layout, check_layout
+from fisher_ray.store.layout import MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_SHARD_CHUNKS, Layout, check_layout
 
 Count = Annotated[int, Field(ge=0, le=2**48)]
 Crc = Annotated[int, Field(ge=0, lt=2**32)]
@@ -29,6 +29,15 @@ class Array(_Document):
     chunk_rows: Annotated[int, Field(ge=1, le=2**48)]
     codec: str
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    shard_rows: Annotated[int, Field(ge=1, le=2**48)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Array:
+        if self.shard_rows is not None and (self.shard_rows % self.chunk_rows or not self.shape):
+            raise ValueError("shard_rows is not a multiple of chunk_rows")
+        if self.shard_rows is not None and self.shard_rows // self.chunk_rows > MAX_SHARD_CHUNKS:
+            raise ValueError(f"more than {MAX_SHARD_CHUNKS} chunks in a shard")
+        return self
 
 
 class Entry(_Document):
@@ -37,6 +46,7 @@ class Entry(_Document):
     key: Key
     size: Count
     crc32c: Crc
+    chunks: Annotated[int, Field(ge=1, le=MAX_SHARD_CHUNKS)] | None = None
 
 
 class Own(_Document):
@@ -66,9 +76,10 @@ class Own(_Document):
     def _check_rows(self) -> None:
         if self.num_rows is None or self.unit_rows is None or not self.arrays:
             raise ValueError("a feature store without num_rows, unit_rows or arrays")
-        sizes = {values.chunk_rows for values in self.arrays.values()}
+        sizes = {(values.chunk_rows, values.shard_rows) for values in self.arrays.values()}
         for name, values in self.arrays.items():
-            if values.shape[:1] != [self.num_rows] or self.unit_rows % values.chunk_rows or len(sizes) != 1:
+            file_rows = values.shard_rows or values.chunk_rows
+            if values.shape[:1] != [self.num_rows] or self.unit_rows % file_rows or len(sizes) != 1:
                 raise ValueError(f"array {name!r} does not have the store's rows, or its chunks are not whole units'")
 
 

@@ -100,10 +100,10 @@ def unit_fingerprint(content: dict[str, Any]) -> int:
 def _check_manifest(url: str, own: dict[str, Any], unit: int, content: dict[str, Any], sizes: dict[str, int]) -> None:
     rows = unit_rows(unit, own["unit_rows"], own["num_rows"])
     wanted = {
-        layout.key(chunk)
+        layout.key(file)
         for layout in read_layouts(own).values()
-        for chunk in range(layout.num_chunks)
-        if layout.rows(chunk).start in rows
+        for file in range(layout.num_files)
+        if layout.rows(layout.chunks(file).start).start in rows
     }
     keys = [item["key"] for item in chunk_entries(content)]
     if (content["start"], content["stop"]) != (rows.start, rows.stop) or sorted(keys) != sorted(wanted):

@@ -8,9 +8,9 @@ import numpy as np
 
 from fisher_ray.errors import DataError, StoreError
 from fisher_ray.records import Unit
-from fisher_ray.storage import Storage
+from fisher_ray.storage import Bytes, Storage
 from fisher_ray.store.bfloat import from_bfloat16, to_bfloat16
-from fisher_ray.store.chunks import entry, new_chunk, seal_chunk
+from fisher_ray.store.chunks import entry, new_chunk, seal_chunk, seal_shard
 from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root
 from fisher_ray.store.layout import (
     ATTRIBUTE,
@@ -83,7 +83,7 @@ def write_unit(url: str, unit: Unit, arrays: dict[str, np.ndarray], *, attempt: 
     _check_arrays(layouts, arrays, unit, kept)
     entries: dict[str, list[dict[str, Any]]] = {
         name: each(
-            storage, _Writer(storage, layout, arrays[name], unit, kept, arrays.get("index")), _chunks(layout, unit)
+            storage, _Writer(storage, layout, arrays[name], unit, kept, arrays.get("index")), _files(layout, unit)
         )
         for name, layout in layouts.items()
     }
@@ -95,7 +95,7 @@ def write_unit(url: str, unit: Unit, arrays: dict[str, np.ndarray], *, attempt: 
 
 
 class _Writer:
-    """Writes one chunk of one array of a unit: ``given`` holds all of the unit's rows, or only those ``kept``."""
+    """Writes one file of one array of a unit: ``given`` holds all of the unit's rows, or only those ``kept``."""
 
     def __init__(
         self,
@@ -111,7 +111,15 @@ class _Writer:
         self.rows = kept + unit.start
         self.index = self.rows if index is None else index if len(index) == len(kept) else index[kept]
 
-    def __call__(self, chunk: int) -> dict[str, Any]:
+    def __call__(self, file: int) -> dict[str, Any]:
+        layout, key = self.layout, self.layout.key(file)
+        chunks = [self._chunk(chunk) for chunk in layout.chunks(file)]
+        sharded = layout.shard_rows is not None
+        data = seal_shard(layout, chunks) if sharded else chunks[0]
+        self.storage.write_bytes(key, data)
+        return entry(key, data, layout.chunks_a_file if sharded else None)
+
+    def _chunk(self, chunk: int) -> Bytes:
         rows = self.layout.rows(chunk)
         first, last = np.searchsorted(self.rows, [rows.start, rows.stop])
         raw, stored = new_chunk(self.layout)
@@ -122,9 +130,7 @@ class _Writer:
             placed = np.empty((last - first, *stored.shape[1:]), stored.dtype)
             self._store(placed, slice(first, last))
             stored[self.rows[first:last] - rows.start] = placed
-        data, key = seal_chunk(self.layout, raw), self.layout.key(chunk)
-        self.storage.write_bytes(key, data)
-        return entry(key, data)
+        return seal_chunk(self.layout, raw)
 
     def _store(self, stored: np.ndarray, part: slice) -> None:
         values = self.values[part].reshape(stored.shape)
@@ -157,10 +163,11 @@ def _working_dtype(values: np.ndarray) -> np.dtype[Any]:
     return np.result_type(values.dtype, np.float32)
 
 
-def _chunks(layout: Layout, unit: Unit) -> range:
+def _files(layout: Layout, unit: Unit) -> range:
     if not layout.num_chunks:
         return range(0)
-    return range(unit.start // layout.chunk_rows, -(-unit.stop // layout.chunk_rows))
+    rows = layout.shard_rows or layout.chunk_rows
+    return range(unit.start // rows, -(-unit.stop // rows))
 
 
 def _kept_rows(unit: Unit, skipped: dict[int, str]) -> np.ndarray:

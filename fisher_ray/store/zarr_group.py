@@ -37,6 +37,7 @@ def metadata_files(layouts: Iterable[Layout], attributes: dict[str, Any]) -> dic
             shape=layout.shape,
             dtype=layout.stored_dtype.name,
             chunks=layout.chunk_shape,
+            shards=None if layout.shard_rows is None else (layout.shard_rows, *layout.chunk_shape[1:]),
             compressors=[*packing, Crc32cCodec()],
             fill_value=layout.fill,
             dimension_names=layout.dims,

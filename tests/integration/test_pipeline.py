@@ -10,6 +10,7 @@ import fisher_ray
 from fisher_ray import pipeline
 from fisher_ray.errors import ClaimedError, ConfigError, DataError, ModelError, ResumeMismatchError
 from fisher_ray.runtime import Claim
+from fisher_ray.store import verify
 from tests.integration.runs import Listening, bits, digits, worker_pid
 
 STAGES = ["base", "basis", "metric", "features/train", "features/test", "linear", "linear_probe", "trained_on"]
@@ -296,3 +297,13 @@ def test_a_plan_does_nothing(tmp_path):
     assert planned["feature_bytes"] == 1197 * 640 * 2
     assert list(tmp_path.iterdir()) == []
     assert Path(planned["output"]) == tmp_path / "run"
+
+
+def test_a_run_with_shards_blosc_and_bfloat16(undisturbed, tmp_path):
+    output = tmp_path / "run"
+    how = ["store.dtype=bfloat16", "store.codec=blosc", "store.shard_rows=128"]
+    results = fisher_ray.run(digits(output, *how))
+
+    assert results["accuracy"]["fisher_linear"] == pytest.approx(undisturbed[1]["accuracy"]["fisher_linear"], abs=0.02)
+    assert len([path for path in (output / "features/train.zarr/features/c").rglob("0") if path.is_file()]) == 5
+    assert verify(str(output / "features/train.zarr")) == []

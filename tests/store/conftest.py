@@ -22,7 +22,9 @@ def make_spec(codec: str = "none", dtype: str = "float16", scale: float = 0.25, 
         "index": ArraySpec((), "int64", ("sample",)),
         "logits": ArraySpec((3,), "float32", ("sample", "class")),
     }
+    codec, _, sharded = codec.partition(" ")
     values = {"num_rows": NUM_ROWS, "unit_rows": UNIT_ROWS, "chunk_rows": CHUNK_ROWS, "codec": codec}
+    values["shard_rows"] = UNIT_ROWS if sharded else None
     return StoreSpec(**{**values, "arrays": arrays, "attributes": {"model": "abc", "dims": [1, 2]}, **changes})
 
 
@@ -64,7 +66,7 @@ class Store:
         return Path(self.url, name)
 
 
-@pytest.fixture(params=["none", "zstd", "blosc"])
+@pytest.fixture(params=["none", "zstd", "blosc", "none sharded", "zstd sharded"])
 def codec(request) -> str:
     return request.param
 

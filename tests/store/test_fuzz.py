@@ -118,7 +118,7 @@ def attempt(act, url):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd", "blosc"])
+@pytest.mark.parametrize("codec", ["none", "zstd sharded", "blosc"])
 def test_changed_documents_and_chunks_of_a_feature_store(tmp_path, codec):
     url, chance, survived = str(tmp_path / "s"), random.Random(codec), 0
     write_store(url, codec)

@@ -62,7 +62,7 @@ def inflict(store: Store, whole: dict[str, bytes], kind: str, chance: random.Ran
     return {name}
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd", "blosc"])
+@pytest.mark.parametrize("codec", ["none", "zstd sharded", "blosc"])
 def test_every_injected_fault_is_named_and_no_other(tmp_path, codec):
     write_store(str(tmp_path / "s"), codec)
     store, chance = Store(str(tmp_path / "s")), random.Random(codec)

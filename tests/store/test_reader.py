@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fisher_ray.errors import StoreError
+from fisher_ray.storage import Storage
 from fisher_ray.store import create_store, open_features, save_arrays, seal, verify
 from tests.store.conftest import UNITS, make_rows, make_spec, write, write_store
 
@@ -18,6 +19,21 @@ def test_every_range_of_rows_reads_as_it_was_written(tmp_path, codec):
                 np.testing.assert_array_equal(read, values[start:stop])
                 assert read.shape == values[start:stop].shape
                 assert read.flags.writeable
+
+
+def test_a_part_of_a_shard_is_read_without_the_rest(tmp_path, monkeypatch):
+    write_store(str(tmp_path), "none sharded")
+    store, read = open_features(str(tmp_path)), Storage.read_bytes
+    asked = []
+
+    def noted(storage, name, start=None, stop=None):
+        asked.append((name, start, stop))
+        return read(storage, name, start, stop)
+
+    monkeypatch.setattr(Storage, "read_bytes", noted)
+    monkeypatch.setattr(Storage, "read_array", lambda *_: pytest.fail("a whole shard was read"))
+    np.testing.assert_array_equal(store.read("labels", 5, 7), make_rows()["labels"][5:7])
+    assert asked == [("labels/c/0", -36, None), ("labels/c/0", 36, 72)]
 
 
 def test_types_come_back_as_promised(store):
