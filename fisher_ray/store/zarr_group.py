@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ def metadata_files(layouts: Iterable[Layout], attributes: dict[str, Any]) -> dic
             dimension_names=layout.dims,
             attributes={"scale": layout.scale, **({"stored_as": BFLOAT16} if layout.dtype == BFLOAT16 else {})},
         )
+    with warnings.catch_warnings():  # Zarr says that this is not in its specification yet; readers without it list
+        warnings.simplefilter("ignore", UserWarning)
+        zarr.consolidate_metadata(group.store)  # so that nobody takes manifests for arrays, and one read opens all
     names = sorted(files, key=lambda name: ("/" not in name, name))
     return {name: files[name].to_bytes() for name in names}
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,17 @@ def test_zarr_itself_reads_what_is_written(tmp_path, codec):
     assert group["features"].attrs["scale"] == 0.25
     assert group.attrs["model"] == "abc"
     assert group.attrs["fisher_ray"]["schema"] == 1
+
+
+def test_xarray_opens_it_with_named_dimensions_and_without_a_warning(tmp_path, codec):
+    write_store(str(tmp_path), codec)
+    with xarray.open_zarr(str(tmp_path), chunks=None) as found:
+        assert dict(found.sizes) == {"sample": 21, "class": 3, "rank": 5}
+        assert found["features"].dims == ("sample", "class", "rank")
+        scaled = found["features"].values.astype(np.float32) * found["features"].attrs["scale"]
+    np.testing.assert_array_equal(scaled, make_rows()["features"])
+    group = zarr.open_group(str(tmp_path), mode="r")
+    assert sorted(group.array_keys()) == ["features", "index", "labels", "logits"]
 
 
 def test_chunk_files_are_the_bytes_that_zarr_writes(tmp_path, codec):
