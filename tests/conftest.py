@@ -7,9 +7,14 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
+
+ROOT = Path(__file__).parent
 
 # Examples are timed by the machine's load as much as by the code.
 settings.register_profile("default", deadline=None)
@@ -61,17 +66,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"FISHER_RAY_REQUIRE names {sorted(unknown)}; known: {sorted(_LACKS)}")
 
 
-@pytest.hookimpl(tryfirst=True)
+class _Scheduling(LoadScopeScheduling):
+    """A module's tests go to one process; those that share Ray to the first, and whole clusters to the second."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = nodeid.split("/")[1]
+        return _TOGETHER.get(folder, nodeid.partition("::")[0])
+
+
+_TOGETHER = {"integration": "ray", "runtime": "ray", "cluster": "cluster"}
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
+    return _Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share modules out over the processes: one has Ray, and begins with it; another begins with whole clusters."""
-    users = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
-    groups = {}
-    for item in items:
-        clusters = item.get_closest_marker("cluster") is not None or item.path.parent.name == "cluster"
-        groups[item] = "ray" if item.path in users else "cluster" if clusters else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
     first = {"ray": 0, "cluster": 1}
-    items.sort(key=lambda item: first.get(groups[item], 2))
+    items.sort(key=lambda item: first.get(_TOGETHER.get(item.path.relative_to(ROOT).parts[0], ""), 2))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
