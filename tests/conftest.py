@@ -7,14 +7,9 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
-from xdist.scheduler import LoadScopeScheduling
-
-ROOT = Path(__file__).parent
 
 # Examples are timed by the machine's load as much as by the code.
 settings.register_profile("default", deadline=None)
@@ -64,26 +59,6 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if unknown := _REQUIRED - set(_LACKS):
         raise pytest.UsageError(f"FISHER_RAY_REQUIRE names {sorted(unknown)}; known: {sorted(_LACKS)}")
-
-
-class _Scheduling(LoadScopeScheduling):
-    """A module's tests go to one process; those that share Ray to the first, and whole clusters to the second."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        folder = nodeid.split("/")[1]
-        return _TOGETHER.get(folder, nodeid.partition("::")[0])
-
-
-_TOGETHER = {"integration": "ray", "runtime": "ray", "cluster": "cluster"}
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Scheduling:
-    return _Scheduling(config, log)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first = {"ray": 0, "cluster": 1}
-    items.sort(key=lambda item: first.get(_TOGETHER.get(item.path.relative_to(ROOT).parts[0], ""), 2))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -45,7 +45,7 @@ def rows_of(batches):
     return [batch["index"].tolist() for batch in batches]
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_every_row_comes_once_to_one_reader_from_any_batch_on(store, data):
     world = data.draw(st.integers(1, 25))
