@@ -18,6 +18,7 @@ STAGES = {
     "linear/weights.zarr": "linear",
     "linear/probe-ridge.zarr": "linear_probe",
     "linear/probe-logistic.zarr": "linear_probe",
+    "linear/predictions.zarr": "report",
 }
 """The stores of a run folder, and the stage that writes each."""
 
@@ -88,14 +89,11 @@ def repair(url: str, note: Callable[[str], None]) -> dict[str, store.Repair]:
                 f"{f' and {len(problems) - 1} more' if len(problems) > 1 else ''}. Restore it from a copy."
             )
         return {}
-    runs = {place.run for place in places if place.run is not None}
-    found: dict[str, store.Repair] = {}
-    for run in runs:
-        with Claim(run, note):
-            damaged = [place for place in places if _problems(place)]
-            reopen(Storage(run), [STAGES[place.name] for place in damaged])  # first: a seal may be gone next
-            found |= {place.url: _repair(place) for place in damaged}
-    return found
+    run = str(places[0].run) if places else url
+    with Claim(run, note):
+        found = {place: _repair(place) for place in places}
+        reopen(Storage(run), [STAGES[place.name] for place, done in found.items() if done.needed])
+    return {place.url: done for place, done in found.items() if done.problems}
 
 
 def _problems(place: Place) -> list[str]:

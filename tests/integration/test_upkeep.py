@@ -66,6 +66,7 @@ def test_what_is_damaged_is_written_again_by_the_next_start_and_nothing_else(run
     heard = Listening()
     pipeline.run(digits(run, "runtime.num_workers=2"), progress=heard)
     assert heard.stages == ["features/train", "features/test", "linear"]
+    assert bits(run)["linear/predictions.zarr/seal.json"] == bits(undisturbed[0])["linear/predictions.zarr/seal.json"]
     features = [receipt.unit.index for stage, receipt in heard.receipts if stage == "features/train"]
     assert sorted(features) == [1, 3]
     assert "features/test" not in [stage for stage, _ in heard.receipts]
@@ -81,6 +82,18 @@ def test_one_store_of_a_run_is_repaired_by_its_own_url(run):
     assert [done.units for done in found.values()] == [None]
     stages = json.loads((run / "run.json").read_text())["stages"]
     assert [name for name, record in stages.items() if not record["sealed"]] == ["metric"]
+
+
+def test_a_foreign_file_alone_has_no_stage_done_again(run):
+    (run / "metric.zarr/notes.txt").write_text("mine")
+    (run / "linear/predictions.zarr/seal.json").unlink()
+    found = upkeep.repair(str(run), print)
+    assert {url.removeprefix(f"{run}/"): done.needed for url, done in found.items()} == {
+        "metric.zarr": False,
+        "linear/predictions.zarr": True,
+    }
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    assert [name for name, record in stages.items() if not record["sealed"]] == ["report"]
 
 
 def test_a_run_at_work_is_not_repaired(run):
