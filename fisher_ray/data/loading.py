@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from fisher_ray.data.keys import epoch_order, generator_seeds
-from fisher_ray.data.prefetch import prefetch
 from fisher_ray.data.samples import Assembler, OnError, Request
 from fisher_ray.data.source import Source
 from fisher_ray.errors import DataError
+from fisher_ray.prefetch import prefetch
 from fisher_ray.records import Batch
 
 Made = tuple[Batch | None, dict[int, str]]

@@ -39,25 +39,21 @@ class _FeatureSource(Datasource):
 
     def estimate_inmemory_data_size(self) -> int:
         """Return the bytes of all rows."""
-        return sum(self._chunk_bytes(chunk) for chunk in range(self._num_chunks))
+        return sum(self._chunk_bytes(chunk) for chunk in range(self._store.num_chunks))
 
     def get_read_tasks(self, parallelism: int, *args: Any, **options: Any) -> list[ReadTask]:
         """Return tasks that read consecutive chunks."""
-        width = -(-self._num_chunks // max(1, min(parallelism, self._num_chunks)))
-        starts = range(0, self._num_chunks, width)
-        return [self._task(range(start, min(start + width, self._num_chunks))) for start in starts]
-
-    @property
-    def _num_chunks(self) -> int:
-        return -(-self._store.num_rows // self._store.chunk_rows)
+        width = -(-self._store.num_chunks // max(1, min(parallelism, self._store.num_chunks)))
+        starts = range(0, self._store.num_chunks, width)
+        return [self._task(range(start, min(start + width, self._store.num_chunks))) for start in starts]
 
     def _task(self, chunks: range) -> ReadTask:
-        store, names, size = self._store, self._names, self._store.chunk_rows
+        store, names = self._store, self._names
 
         def read() -> Any:
             for chunk in chunks:
-                block = store.read_kept(names, chunk * size, min((chunk + 1) * size, store.num_rows))
-                yield BlockAccessor.batch_to_block(block)
+                rows = store.rows(chunk)
+                yield BlockAccessor.batch_to_block(store.read_kept(names, rows.start, rows.stop))
 
         num_rows = sum(map(store.num_kept, chunks))
         num_bytes = sum(map(self._chunk_bytes, chunks))

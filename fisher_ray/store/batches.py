@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fisher_ray.errors import RequestError
+from fisher_ray.prefetch import prefetch
 
 if TYPE_CHECKING:
     from fisher_ray.store.reader import FeatureStore
@@ -67,8 +68,7 @@ class Batches:
         self._start, self._drop_last = start, drop_last
         for name in self._names:
             store.layout(name)
-        num_chunks = -(-store.num_rows // store.chunk_rows)
-        chunks = self._permutation(num_chunks, 0) if shuffle else np.arange(num_chunks)
+        chunks = self._permutation(store.num_chunks, 0) if shuffle else np.arange(store.num_chunks)
         mine, width = chunks[rank::world_size], -(-buffer_rows // store.chunk_rows)
         self._groups = [mine[first : first + width].tolist() for first in range(0, len(mine), width)]
 
@@ -90,32 +90,24 @@ class Batches:
             skip -= rows
             groups.pop(0)
         rest: Batch = {}
-        for mixed in self._read_ahead(groups):
-            block = {name: values[skip:] for name, values in mixed.items()}
-            skip = 0
-            joined = {name: np.concatenate([rest[name], values]) if rest else values for name, values in block.items()}
-            rows = len(next(iter(joined.values())))
-            whole = rows - rows % self._batch_size
-            for first in range(0, whole, self._batch_size):
-                yield {name: values[first : first + self._batch_size] for name, values in joined.items()}
-            rest = {name: values[whole:] for name, values in joined.items()} if whole < rows else {}
+        with closing(prefetch((self._read(group) for group in groups), depth=1)) as read:
+            for mixed in read:
+                block = {name: values[skip:] for name, values in mixed.items()}
+                skip = 0
+                joined = {
+                    name: np.concatenate([rest[name], values]) if rest else values for name, values in block.items()
+                }
+                rows = len(next(iter(joined.values())))
+                whole = rows - rows % self._batch_size
+                for first in range(0, whole, self._batch_size):
+                    yield {name: values[first : first + self._batch_size] for name, values in joined.items()}
+                rest = {name: values[whole:] for name, values in joined.items()} if whole < rows else {}
         if rest and not self._drop_last:
             yield rest
 
-    def _read_ahead(self, groups: list[list[int]]) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-            ahead = thread.submit(self._read, groups[0]) if groups else None
-            for following in [*groups[1:], None]:
-                if ahead is None:
-                    return
-                block = ahead.result()
-                ahead = thread.submit(self._read, following) if following is not None else None
-                yield block
-
     def _read(self, group: list[int]) -> Batch:
-        size = self._store.chunk_rows
-        spans = [(chunk * size, min((chunk + 1) * size, self._store.num_rows)) for chunk in group]
-        parts = [self._store.read_kept(self._names, *span) for span in spans]
+        spans = map(self._store.rows, group)
+        parts = [self._store.read_kept(self._names, rows.start, rows.stop) for rows in spans]
         block = {name: np.concatenate([part[name] for part in parts]) for name in self._names}
         if not self._shuffle:
             return block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fisher_ray.errors import StoreError
+from fisher_ray.prefetch import prefetch
 from fisher_ray.storage import Storage
 from fisher_ray.store.batches import Batches
 from fisher_ray.store.bfloat import from_bfloat16
@@ -112,15 +113,9 @@ class FeatureStore:
         if rows.step != 1:
             raise StoreError(f"rows {rows} have a step. Give consecutive rows.")
         cuts = range(rows.start - rows.start % self.chunk_rows, rows.stop, self.chunk_rows)
-        spans = [(max(cut, rows.start), min(cut + self.chunk_rows, rows.stop)) for cut in cuts]
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-            ahead = [thread.submit(self.read_kept, names, *spans[0])] if spans else []
-            for following in [*spans[1:], None]:
-                block = ahead.pop().result()
-                if following is not None:
-                    ahead.append(thread.submit(self.read_kept, names, *following))
-                if all(len(values) for values in block.values()):
-                    yield block
+        spans = ((max(cut, rows.start), min(cut + self.chunk_rows, rows.stop)) for cut in cuts)
+        with closing(prefetch((self.read_kept(names, *span) for span in spans), depth=1)) as blocks:
+            yield from (block for block in blocks if all(len(values) for values in block.values()))
 
     def iter_batches(self, batch_size: int, names: Sequence[str] = ("features", "labels"), **options: Any) -> Batches:
         """Return an iterable of batches, shuffled, for one of several readers, or resumed as ``options`` say.
@@ -135,10 +130,18 @@ class FeatureStore:
         layout = self.layout(name)
         return math.prod(layout.shape[1:]) * self._read_dtype(layout).itemsize
 
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of every array."""
+        return -(-self.num_rows // self.chunk_rows)
+
+    def rows(self, chunk: int) -> range:
+        """Return the rows of a chunk."""
+        return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.num_rows))
+
     def num_kept(self, chunk: int) -> int:
         """Return how many rows of a chunk were not skipped."""
-        stop = min((chunk + 1) * self.chunk_rows, self.num_rows)
-        return stop - chunk * self.chunk_rows - len(self._skipped_in.get(chunk, []))
+        return len(self.rows(chunk)) - len(self._skipped_in.get(chunk, []))
 
     def read_kept(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Return rows ``[start, stop)`` of several arrays without the skipped ones. Errors as :meth:`read`."""

@@ -19,12 +19,10 @@ def glance(store: FeatureStore) -> dict[str, Any]:
         ``rows``: which; by array ``mean``, ``rms``, ``smallest``, ``largest``, and ``by_column``: the root mean square
         along the last axis as bars, from the smallest to the largest, on a log scale. Skipped rows are left out.
     """
-    middle = (-(-store.num_rows // store.chunk_rows)) // 2 * store.chunk_rows
-    start = min(middle, (store.num_rows - 1) // store.chunk_rows * store.chunk_rows)
-    stop = min(start + store.chunk_rows, store.num_rows)
+    rows = store.rows(store.num_chunks // 2)
     names = [name for name, layout in store.arrays.items() if layout.dtype.endswith(("float16", "float32", "float64"))]
-    block = store.read_kept(names, start, stop) if names else {}
-    found: dict[str, Any] = {"rows": [start, stop]}
+    block = store.read_kept(names, rows.start, rows.stop) if names else {}
+    found: dict[str, Any] = {"rows": [rows.start, rows.stop]}
     for name, values in block.items():
         if not values.size:
             continue

@@ -113,7 +113,7 @@ def test_a_reader_that_stops_early_leaves_no_thread(store):
     batches = iter(store.iter_batches(2, ["index"]))
     next(batches)
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fisher-ray-prefetch")]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_reader_that_stops_early_leaves_no_thread(store):
     blocks = open_features(store.url).iter_chunks(["index"])
     next(blocks)
     blocks.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fisher-ray-prefetch")]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from fisher_ray.data.prefetch import prefetch
+from fisher_ray.prefetch import prefetch
 
 
 def threads() -> list[str]:
