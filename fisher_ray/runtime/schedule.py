@@ -165,8 +165,10 @@ class Schedule:
         return not self._is_leaf(work) and all(child in self._results for child in self._children(work))
 
     def release(self, work: Work) -> None:
-        """Take note that nobody waits for somebody's result any more."""
-        self._stop(work)
+        """Take note that somebody does not have a piece of work any more, or that nobody waits for it from them."""
+        self._running[work] -= 1
+        if self._running[work] <= 0:
+            del self._running[work]
 
     def done(self, work: Work, result: Any, *, kept: bool = False) -> bool:
         """Keep a result; what it was merged from is let go.
@@ -179,7 +181,7 @@ class Schedule:
         Returns:
             Whether it is the first of this piece of work.
         """
-        self._stop(work)
+        self.release(work)
         if isinstance(work, Part):
             if work.node in self._isolations:
                 self._isolations[work.node].passed(work.unit)
@@ -215,7 +217,7 @@ class Schedule:
         Raises:
             DataError: if that cannot help.
         """
-        self._stop(work)
+        self.release(work)
         if isinstance(work, Part):
             if work.node in self._isolations:
                 self._isolations[work.node].failed(work.unit, reason)
@@ -235,7 +237,7 @@ class Schedule:
         if isinstance(work, Part):
             self.failed(work, f"its worker died: {reason}")
             return
-        self._stop(work)
+        self.release(work)
         if self.wants(work) and work not in self._isolations:
             self._deaths[work] += 1
             if self._deaths[work] < self._max_attempts:
@@ -251,7 +253,7 @@ class Schedule:
 
     def returned(self, work: Work) -> None:
         """Put a piece of work back that its worker had not come to."""
-        self._stop(work)
+        self.release(work)
         if isinstance(work, Part):
             if work.node in self._isolations:
                 self._isolations[work.node].returned(work.unit)
@@ -265,7 +267,7 @@ class Schedule:
         Raises:
             WorkersLostError: if it lost them ``max_attempts`` times.
         """
-        self._stop(node)
+        self.release(node)
         if not self.wants(node):
             return []
         self._losses[node] += 1
@@ -283,7 +285,7 @@ class Schedule:
 
     def unkept(self, node: Node) -> list[Unit]:
         """Take note that a result cannot be had from storage after all; its units are computed again."""
-        self._stop(node)
+        self.release(node)
         self._kept.discard(node)
         self._open.discard(node)
         return self._forget(node)
@@ -310,11 +312,6 @@ class Schedule:
 
     def _is_leaf(self, node: Node) -> bool:
         return node.level == 0 or node in self._kept
-
-    def _stop(self, work: Work) -> None:
-        self._running[work] -= 1
-        if self._running[work] <= 0:
-            del self._running[work]
 
     def _put_back(self, node: Node) -> None:
         if self._running[node]:
