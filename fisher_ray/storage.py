@@ -24,8 +24,9 @@ from fisher_ray.errors import ConfigError, StorageError
 T = TypeVar("T")
 Bytes = bytes | bytearray | memoryview
 
-RETRY_S = float(os.environ.get("FISHER_RAY_RETRY_S", "60"))
-"""How long transient failures are retried, in seconds, before :class:`StorageError`; from the environment."""
+RETRY_S = 60.0
+"""How long transient failures are retried, in seconds, before :class:`StorageError`, if the environment's
+``FISHER_RAY_RETRY_S`` does not say otherwise."""
 PARTIAL = ".partial"
 """Ending of files whose writer has not finished, or was killed."""
 
@@ -56,7 +57,7 @@ class Storage:
             retry_s: bound on retries, and on one request to S3, in seconds (default ``RETRY_S``).
 
         Raises:
-            ConfigError: if the URL's scheme is unknown or it contains credentials.
+            ConfigError: if the URL's scheme is unknown or it contains credentials, or ``FISHER_RAY_RETRY_S`` is wrong.
         """
         scheme, separator, rest = url.partition("://")
         if separator and "@" in rest.partition("/")[0]:
@@ -66,7 +67,7 @@ class Storage:
         if not url or (separator and not rest.strip("/")):
             raise ConfigError(f"{url!r} names no place. Give a local path, file:// or s3://bucket/prefix.")
         self.url, self.remote = url, scheme == "s3" and bool(separator)
-        self._options, self._retry_s = dict(options or {}), retry_s
+        self._options, self._retry_s = dict(options or {}), _patience_s() if retry_s is None else retry_s
         self._place = rest if separator else url
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class Storage:
     def _try(self, verb: str, name: str, act: Callable[[], T]) -> T:
         if name.startswith("/") or ".." in name.split("/"):
             raise StorageError(f"{name!r} leads out of its folder. Give a relative name without '..'.")
-        deadline = time.monotonic() + (RETRY_S if self._retry_s is None else self._retry_s)
+        deadline = time.monotonic() + self._retry_s
         delay_s = 0.1
         while True:
             try:
@@ -159,6 +160,14 @@ class Storage:
         for secret in (*given, *(os.environ.get(name, "") for name in _SECRETS.values())):
             text = text.replace(secret, "***") if len(secret) > 3 else text
         return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
+def _patience_s() -> float:
+    given = os.environ.get("FISHER_RAY_RETRY_S", "")
+    try:
+        return float(given) if given else RETRY_S
+    except ValueError:
+        raise ConfigError(f"FISHER_RAY_RETRY_S is {given!r}. Give seconds, as in 60.") from None
 
 
 class _LocalFiles:
@@ -244,14 +253,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _S3Files:
-    def __init__(self, place: str, options: dict[str, Any], retry_s: float | None) -> None:
+    def __init__(self, place: str, options: dict[str, Any], retry_s: float) -> None:
         self.root = place.strip("/")
         botocore = importlib.import_module("botocore.exceptions")
         retryable = importlib.import_module("s3fs.core").S3_RETRYABLE_ERRORS  # aiohttp's among them: no OSErrors
         self.failures: tuple[type[Exception], ...] = (OSError, botocore.BotoCoreError, botocore.ClientError, *retryable)
         refusals = (botocore.NoCredentialsError, botocore.PartialCredentialsError, botocore.ParamValidationError)
         self._permanent = (PermissionError, FileNotFoundError, *refusals)
-        self._fs = _open_s3(options, RETRY_S if retry_s is None else max(retry_s, 1.0))
+        self._fs = _open_s3(options, max(retry_s, 1.0))
 
     def is_transient(self, error: Exception) -> bool:
         refused = getattr(error, "errno", None) in (errno.EINVAL, errno.ENOSYS, errno.EPERM)

@@ -204,3 +204,12 @@ def test_credentials_are_struck_out_of_messages(tmp_path, monkeypatch):
         Storage(str(tmp_path), {"token": "token-of-mine"}).write_bytes("a", b"x")
     for secret in ("very-secret", "token-of-mine", "pass"):
         assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("", 60.0), ("8", 8.0)])
+def test_how_long_is_tried_comes_from_the_environment(tmp_path, monkeypatch, given, seconds):
+    monkeypatch.setenv("FISHER_RAY_RETRY_S", given)
+    assert Storage(str(tmp_path))._retry_s == seconds
+    monkeypatch.setenv("FISHER_RAY_RETRY_S", "a while")
+    with pytest.raises(ConfigError, match="FISHER_RAY_RETRY_S is 'a while'"):
+        Storage(str(tmp_path))
