@@ -21,7 +21,7 @@ import numpy as np
 
 from fisher_ray.records import Unit
 from fisher_ray.store import ArraySpec, StoreSpec, create_store, open_features, seal, write_unit
-from tests.s3_server import KEY, SECRET, S3Server, make_bucket
+from tests.s3_server import KEY, SECRET, S3Server, make_bucket, s3_environment
 
 UNITS, UNIT_ROWS, CHUNK_ROWS, COLUMNS = 4, 2048, 1024, 10240
 CONCURRENCY = {"local": 2, "s3": 8}
@@ -118,8 +118,7 @@ def bucket() -> Iterator[tuple[Any, str]]:
     import s3fs
 
     server = S3Server()
-    os.environ |= {"AWS_ENDPOINT_URL": server.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+    os.environ |= s3_environment(server.endpoint)
     try:
         files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint, use_listings_cache=False)
         yield files, make_bucket(server.endpoint, "benchmark")

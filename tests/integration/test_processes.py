@@ -21,7 +21,7 @@ from fisher_ray import pipeline
 from tests.integration.processes import alive, descendants, free_ports, started, wait_for
 from tests.integration.runs import DEMO as DIGITS
 from tests.integration.runs import QUICK, bits, digits
-from tests.s3_server import KEY, SECRET, S3Server, make_bucket
+from tests.s3_server import KEY, SECRET, S3Server, make_bucket, s3_environment
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = [word for override in QUICK for word in ("--set", override)]
@@ -98,7 +98,10 @@ def jobs_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", *options]
     log = folder / "log"
     command.append("--node-ip-address=127.0.0.1")
-    with log.open("wb") as stream, started(*command, stdout=stream, stderr=stream, env=environment):
+    with (
+        log.open("wb") as stream,
+        started(*command, stdout=stream, stderr=stream, env=environment),
+    ):
         wait_for(lambda: has_line(log, "--block"), 120, "Ray's start")
         address = f"http://127.0.0.1:{ports['dashboard-port']}"
         METRICS[address] = f"http://127.0.0.1:{ports['metrics-export-port']}/metrics"
@@ -200,16 +203,18 @@ def test_features_written_to_s3_are_the_bytes_of_local_ones(undisturbed, tmp_pat
     server = S3Server()
     try:
         url = make_bucket(server.endpoint, "runs") + "/digits"
-        environment = os.environ | {
-            "AWS_ENDPOINT_URL": server.endpoint,
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
         log = tmp_path / "log"
         with (
             log.open("wb") as stream,
-            started(*command, "--output", url, *OVERRIDES, stdout=stream, stderr=stream, env=environment) as process,
+            started(
+                *command,
+                "--output",
+                url,
+                *OVERRIDES,
+                stdout=stream,
+                stderr=stream,
+                env=os.environ | s3_environment(server.endpoint),
+            ) as process,
         ):
             assert process.wait(240) == 0, log.read_text()
         files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint)

@@ -10,7 +10,7 @@ import pytest
 from tests.fault_proxy import KINDS, FaultProxy
 from tests.integration.processes import started, wait_for
 from tests.integration.runs import DEMO, QUICK, bits
-from tests.s3_server import KEY, SECRET, S3Server, make_bucket
+from tests.s3_server import KEY, SECRET, S3Server, make_bucket, s3_environment
 
 OVERRIDES = [word for override in QUICK for word in ("--set", override)]
 
@@ -25,20 +25,14 @@ def test_a_run_on_failing_storage_ends_with_the_same_bytes(undisturbed, tmp_path
     proxy = FaultProxy(server.endpoint, rate=1 / 3)
     try:
         url = make_bucket(server.endpoint, "faults") + "/digits"
-        environment = os.environ | {
-            "AWS_ENDPOINT_URL": proxy.endpoint,
-            "AWS_ACCESS_KEY_ID": KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "FISHER_RAY_RETRY_S": "8",
-        }
+        settings = os.environ | s3_environment(proxy.endpoint) | {"FISHER_RAY_RETRY_S": "8"}
         files = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint, use_listings_cache=False)
         command = [sys.executable, "-m", "fisher_ray", "train", str(DEMO), "--output", url, *OVERRIDES]
         log, codes = tmp_path / "log", []
         while 0 not in codes and len(codes) < 8:
             with (
                 log.open("ab") as stream,
-                started(*command, stdout=stream, stderr=stream, env=environment) as process,
+                started(*command, stdout=stream, stderr=stream, env=settings) as process,
             ):
                 if not codes:  # in the middle of its work the server is killed, and stays away
                     wait_for(
