@@ -176,3 +176,9 @@ def test_the_order_of_the_layers_globs_is_part_of_what_results_depend_on():
         for globs in ("'c*': {kind: topk}, '*': {kind: random}", "'*': {kind: random}, 'c*': {kind: topk}")
     )
     assert one != other
+
+
+@pytest.mark.parametrize("shard", [1536, 4096])
+def test_a_shard_that_two_writers_would_share_is_refused(tmp_path, shard):
+    with pytest.raises(ConfigError, match=rf"store\.shard_rows {shard} is not a multiple of store\.chunk_rows 1024"):
+        Config.from_yaml(Path(__file__).parents[1] / "jobs/configs/cifar10.yaml", [f"store.shard_rows={shard}"])

@@ -51,16 +51,12 @@ class Config(Section):
             raise ValueError("give either 'base' (train the network here) or 'model.checkpoint' (load it), not both")
         if self.base is not None and self.data.train is None:
             raise ValueError("'base' needs 'data.train'")
-        if self.runtime.unit_rows % self.store.chunk_rows:
-            rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
+        rows, chunk, shard = self.runtime.unit_rows, self.store.chunk_rows, self.store.shard_rows
+        if rows % chunk:
             raise ValueError(f"runtime.unit_rows {rows} is not a multiple of store.chunk_rows {chunk}")
-        if (shard := self.store.shard_rows) is not None:
-            rows, chunk = self.runtime.unit_rows, self.store.chunk_rows
-            if shard % chunk or rows % shard:
-                raise ValueError(
-                    f"store.shard_rows {shard} is not a multiple of store.chunk_rows {chunk} that divides "
-                    f"runtime.unit_rows {rows}"
-                )
+        if shard is not None and (shard % chunk or rows % shard):
+            what = f"store.shard_rows {shard} is not a multiple of store.chunk_rows {chunk}"
+            raise ValueError(f"{what} that divides runtime.unit_rows {rows}")
         self.metric.check_labels(self.metric_labels)
         if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
             raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")

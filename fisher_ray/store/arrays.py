@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,10 +36,11 @@ def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, A
     storage, layouts = Storage(url), {name: _layout(name, np.asarray(value)) for name, value in arrays.items()}
     own = {"schema": SCHEMA, "kind": "arrays", "arrays": {name: item.to_json() for name, item in layouts.items()}}
     files = metadata_files(layouts.values(), {**plain(attributes), ATTRIBUTE: own})
-    if storage.exists(SEAL) and storage.read_bytes(SEAL) == _seal(storage, layouts, arrays, files, _pass):
+    sealed, root = _content(storage, SEAL), _content(storage, ROOT)
+    if sealed is not None and sealed == _seal(storage, layouts, arrays, files, _pass):
         _seal(storage, layouts, arrays, files, _mend)
         return
-    if storage.exists(SEAL) or not storage.exists(ROOT) or storage.read_bytes(ROOT) != files[ROOT]:
+    if sealed is not None or root != files[ROOT]:
         _clear(storage)
     storage.write_bytes(SEAL, _seal(storage, layouts, arrays, files, Storage.write_bytes))
 
@@ -90,10 +90,15 @@ def _pass(storage: Storage, key: str, data: Bytes) -> None:
 
 
 def _mend(storage: Storage, key: str, data: Bytes) -> None:
-    with suppress(FileNotFoundError):
-        if storage.read_bytes(key) == data:
-            return
-    storage.write_bytes(key, data)
+    if _content(storage, key) != data:
+        storage.write_bytes(key, data)
+
+
+def _content(storage: Storage, name: str) -> bytes | None:
+    try:
+        return storage.read_bytes(name)
+    except FileNotFoundError:
+        return None
 
 
 def _layout(name: str, value: np.ndarray) -> Layout:
