@@ -73,7 +73,8 @@ def run(
     refuse_foreign(storage)
     with Claim(config.output, progress.note) as claim:
         journal = Journal.open(storage, _journal_facts(config, facts), fresh=fresh, late=LATE, check=claim.check)
-        facts = replace(facts, micro_batch=journal.decide("micro_batch", facts.micro_batch))
+        sizes = {name: journal.decide(name, getattr(facts, name)) for name in ("micro_batch", "micro_batch_gpu")}
+        facts = replace(facts, **sizes)
 
         def note(text: str) -> None:
             progress.note(text)
@@ -133,7 +134,7 @@ class _Run:
     ) -> None:
         self._config, self._facts, self._journal = config, facts, journal
         self._session, self._crew, self._progress, self._note = session, crew, progress, note
-        self._pool = Pool(crew, config, note, claim.check)
+        self._pool, self._check = Pool(crew, config, note, claim.check), claim.check
         self._storage = Storage(config.output)
 
     def run(self, until: Until) -> dict[str, Any]:
@@ -189,6 +190,7 @@ class _Run:
         url, metric = self._url(f"features/{name}.zarr"), self._journal.result("metric")
         fingerprints = {**self._fingerprints(), "metric": metric["fingerprint"]}
         attributes = {"split": split, "labels": self._config.scores.labels, "views": self._config.linear.views}
+        self._check()
         create_store(
             url,
             feature_spec(
@@ -206,6 +208,7 @@ class _Run:
         todo = [unit for unit in units if unit.index not in finished]
         heard = {"on_receipt": partial(self._received, stage), "on_excluded": partial(self._journal.exclude, split)}
         self._pool.map(stage, tasks.write_features, todo, probe=tasks.try_features, split=split, name=name, **heard)
+        self._check()  # another driver may have it by now
         seal(url, len(units))
         return {"num_rows": self._facts.num_rows[split], "num_units": len(units)}
 
@@ -236,6 +239,7 @@ class _Run:
         workers, gpus = self._crew.target, self._crew.gpus
         self._crew.close()  # their places are Ray Train's meanwhile
         fitted = fit_logistic(self._session, self._config, self._facts, workers, gpus, self._note)
+        self._check()
         shallow.remove_sums(self._storage)
         self._export_classifier()
         return fitted
@@ -250,6 +254,7 @@ class _Run:
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":
             raw = FisherClassifier.from_run(self._config.output).to_bytes()
+            self._check()
             self._storage.write_bytes("linear/classifier.safetensors", raw)
 
     def report(self) -> None:
@@ -272,6 +277,7 @@ class _Run:
         num_halvings = self._journal.total("unit done", "num_halvings")
         results, details = report.summarise(self._config, stages, _versions(), skipped, num_halvings)
         details["config"] = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+        self._check()
         report.write_report(self._storage, results, details)
         return {"results": results}
 
@@ -289,6 +295,7 @@ class _Run:
         self._progress.stage_started(name, total)
         with self._journal.stage(name) as result:
             result.update(work() or {})
+        self._check()
         remove_checkpoints(self._storage)
         self._progress.stage_done(name, self._journal.seconds(name))
 

@@ -235,7 +235,7 @@ class RuntimeConfig(Section):
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     unit_rows: PositiveInt = 2048
     micro_batch: Literal["auto"] | PositiveInt = "auto"
-    """Samples whose scores are computed together; ``auto``: as many as ``memory_bytes`` allow, up to 64."""
+    """Samples whose scores are computed together; ``auto``: what ``memory_bytes`` allow, up to 64, on GPUs 1,024."""
     memory_bytes: PositiveInt = 2**31
     """What a micro-batch's tensors may hold at once in each worker, the network's weights aside."""
     max_attempts: PositiveInt = 3
@@ -243,7 +243,8 @@ class RuntimeConfig(Section):
     wait_s: PositiveFloat = 600.0
     """How long a run waits for its first worker, or for another when it has lost the last."""
     unit_timeout_s: PositiveFloat | None = None
-    """After how long a worker is given up that has not come back with its unit; ``null``: never."""
+    """After how long a worker is given up that has not come back with its unit, twice as long while it has two;
+    ``null``: never."""
     checkpoint_units: PositiveInt | None = 8
     """Units whose merged sum is kept in the run folder while a pass runs, so that a resumed pass does not start over;
     rounded up to a power of two; ``null`` keeps none."""

@@ -68,6 +68,7 @@ def load_batches(
     on_error: OnError = "stop",
     skipped: dict[int, str] | None = None,
     excluded: Mapping[int, str] = MappingProxyType({}),
+    pinned: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yield clean samples in row order, decoded ahead in one thread that ends with this generator.
 
@@ -83,6 +84,7 @@ def load_batches(
         on_error: ``stop`` or ``skip``.
         skipped: gets, by row, the reasons for the rows left out of the batches yielded so far.
         excluded: rows that are not even decoded, with the reasons.
+        pinned: put inputs and labels where a GPU can fetch them from while it computes.
 
     Raises:
         DataError: naming the row and its file, at a bad picture, shape, value or label under ``stop``.
@@ -91,7 +93,8 @@ def load_batches(
     if rows.step != 1 or rows.start < 0 or rows.stop > len(source) or batch_size <= 0:
         raise ValueError(f"{rows} in batches of {batch_size} is not within the {len(source)} rows of {source.key}")
     assembler = Assembler(source, num_classes, expected_shape, on_error)
-    return _deliver(_in_order(source, rows, batch_size, assembler, excluded), {} if skipped is None else skipped)
+    made = _in_order(source, rows, batch_size, assembler, excluded, pinned)
+    return _deliver(made, {} if skipped is None else skipped)
 
 
 def _deliver(made: Generator[Made, None, None], skipped: dict[int, str]) -> Generator[Batch, None, None]:
@@ -106,7 +109,7 @@ def _deliver(made: Generator[Made, None, None], skipped: dict[int, str]) -> Gene
 
 
 def _in_order(
-    source: Source, rows: range, batch_size: int, assembler: Assembler, excluded: Mapping[int, str]
+    source: Source, rows: range, batch_size: int, assembler: Assembler, excluded: Mapping[int, str], pinned: bool
 ) -> Generator[Made, None, None]:
     numbered = zip(rows, source.raw_rows(rows.start, rows.stop), strict=True)
     for start in range(rows.start, rows.stop, batch_size):
@@ -114,6 +117,8 @@ def _in_order(
             part = itertools.islice(numbered, batch_size)
             wanted = ((row, partial(source.decode, raw), None) for row, raw in part if row not in excluded)
             batch, skipped = assembler.batch(wanted)
+        if pinned and batch is not None:
+            batch = Batch(batch.inputs.pin_memory(), batch.labels.pin_memory(), batch.index)
         left_out = {row: excluded[row] for row in range(start, start + batch_size) if row in excluded}
         yield batch, {**skipped, **left_out}
 

@@ -205,7 +205,7 @@ def random_basis(block: Block, num_inputs: int, num_outputs: int, seed: int) -> 
     generator = torch.Generator().manual_seed(block_seed(seed, block.name))
     inputs = _random_columns(block.num_inputs, num_inputs, generator)
     outputs = _random_columns(block.num_outputs, num_outputs, generator)
-    grid = torch.cartesian_prod(torch.arange(inputs.shape[1]), torch.arange(outputs.shape[1]))
+    grid = torch.cartesian_prod(*(torch.arange(side.shape[1], device="cpu") for side in (inputs, outputs)))
     return LayerBasis(block.name, inputs, outputs, grid.flip(1))
 
 
@@ -216,5 +216,5 @@ def random_bases(blocks: Sequence[Block], width: int, seed: int) -> dict[str, La
 
 def _random_columns(size: int, width: int, generator: torch.Generator) -> Tensor:
     if size <= width:
-        return torch.eye(size)
-    return torch.randn(size, width, generator=generator) / math.sqrt(width)
+        return torch.eye(size, device="cpu")
+    return torch.randn(size, width, generator=generator, device="cpu") / math.sqrt(width)

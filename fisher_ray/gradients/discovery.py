@@ -127,7 +127,7 @@ class _Discovery:
         if output is None or other is None or output.shape != other.shape:
             return False
         one, two = self._precision.widened(output), self._precision.widened(other)
-        if self._precision.coarsest == self._precision.factors:
+        if self._precision.coarsest == self._precision.factors and not self._precision.on_gpu:
             return torch.allclose(one, two, equal_nan=True)
         most = self._precision.tolerance * float(one.nan_to_num().abs().max())
         return torch.allclose(one, two, rtol=0.0, atol=most, equal_nan=True)
@@ -135,7 +135,8 @@ class _Discovery:
     def _run(self, size: int, before: _Seen | None = None) -> _Seen:
         seen, stack = _Seen(), list[str]()
         with frozen(self._model), torch.no_grad(), self._watched(stack, seen, size), _Watch(self._names, stack, seen):
-            output = self._precision.output(self._model, rows(self._inputs, torch.zeros(size, dtype=torch.long)))
+            sample = rows(self._inputs, torch.zeros(size, dtype=torch.long, device="cpu"))
+            output = self._precision.output(self._model, sample)
         seen.output = output
         if not output.ndim or len(output) != size:
             raise ModelError(

@@ -89,6 +89,11 @@ class GradientBuffer:
         target = self._target(piece, len(item.tokens))
         if self._first(piece, filled):
             target.zero_()
+        if target.is_cuda:
+            every = torch.arange(len(item.tokens), device=target.device)[:, None]
+            for score, deltas in enumerate(item.deltas):
+                target[:, score].index_put_((every, item.tokens), deltas, accumulate=True)
+            return
         for score, deltas in enumerate(item.deltas):
             for row, tokens in enumerate(item.tokens):
                 target[row, score].index_add_(0, tokens, deltas[row])

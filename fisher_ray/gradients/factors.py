@@ -18,6 +18,8 @@ from fisher_ray.gradients.blocks import Block
 from fisher_ray.gradients.convolution import Convolution, convolve, patches, positions, weight_gradients
 from fisher_ray.gradients.patch_products import patch_products
 
+EVERY = slice(None)
+
 
 class MomentSums(Protocol):
     """Takes second moments of a block's factors; see :class:`fisher_ray.metric.KroneckerSums`."""
@@ -77,8 +79,8 @@ class AffineInput(Protocol):
     def bias(self) -> bool:
         """Whether the bias takes part."""
 
-    def patches(self) -> Tensor:
-        """Return ``a`` without the trailing 1, ``(B, A, T)``."""
+    def patches(self, part: slice = EVERY) -> Tensor:
+        """Return ``a`` of some samples without the trailing 1, ``(b, A, T)``."""
 
     def products(self) -> Tensor | None:
         """Return ``Σ a aᵀ``, the trailing 1 included, ``(A, A)``, where that is faster without forming ``a``."""
@@ -110,9 +112,9 @@ class LinearInput:
         """``T``."""
         return self.value.shape[1]
 
-    def patches(self) -> Tensor:
+    def patches(self, part: slice = EVERY) -> Tensor:
         """See :class:`AffineInput`."""
-        return self.value.transpose(1, 2)
+        return self.value[part].transpose(1, 2)
 
     def products(self) -> Tensor | None:
         """See :class:`AffineInput`."""
@@ -149,9 +151,11 @@ class ConvolutionInput:
         """``T``."""
         return math.prod(positions(self.layer, self.value)) * (len(self.value) // self.batch)
 
-    def patches(self) -> Tensor:
+    def patches(self, part: slice = EVERY) -> Tensor:
         """See :class:`AffineInput`."""
-        return self._join(patches(self.layer, self.value), len(self.value) // self.batch)
+        fold = len(self.value) // self.batch
+        value = self.value.reshape(self.batch, fold, *self.value.shape[1:])[part].flatten(0, 1)
+        return self._join(patches(self.layer, value), fold)
 
     def products(self) -> Tensor | None:
         """See :class:`AffineInput`."""

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fisher_ray.gradients.factors import AffineFactors, ConvolutionInput, LinearInput
 
-CHUNK_BYTES = 6 << 20
-"""As much of a batch's gradients as is formed at a time, where one row of one sample is not more."""
+CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
+"""As much of a batch's gradients as is formed at a time, where one row of one sample is not more.
+
+What a processor's cache holds; on a GPU, enough to keep it busy with few kernels.
+"""
 
 
 class Workspace:
@@ -58,23 +61,24 @@ def form_chunks(item: AffineFactors, workspace: Workspace, *, row_step: int = 1)
         row_step: a chunk has a multiple of so many rows, unless it has the last ones.
     """
     num_scores, batch, num_outputs, num_positions = item.deltas.shape
+    chunk_bytes = CHUNK_BYTES.get(item.deltas.device.type, CHUNK_BYTES["cpu"])
     width = item.block.num_inputs - int(item.source.bias)
     row_bytes = num_scores * width * item.deltas.element_size()
     tall = isinstance(item.source, LinearInput) and (num_positions == 1 or row_step > 1)  # all samples, few rows
-    samples = batch if tall else max(1, min(batch, CHUNK_BYTES // (row_bytes * num_outputs)))
-    count = max(row_step, CHUNK_BYTES // (row_bytes * samples) // row_step * row_step)
-    samples = max(1, min(samples, CHUNK_BYTES // (row_bytes * min(count, num_outputs))))
+    samples = batch if tall else max(1, min(batch, chunk_bytes // (row_bytes * num_outputs)))
+    count = max(row_step, chunk_bytes // (row_bytes * samples) // row_step * row_step)
+    samples = max(1, min(samples, chunk_bytes // (row_bytes * min(count, num_outputs))))
     for start in range(0, batch, samples):
         part = slice(start, min(batch, start + samples))
         for first in range(0, num_outputs, count):
             rows = slice(first, min(num_outputs, first + count))
             deltas = item.deltas[:, part, rows].transpose(0, 1)  # (b, S, rows, T): all scores in one product
             joined = deltas[:, 0] if num_scores == 1 else deltas.flatten(1, 2)
-            if isinstance(item.source, ConvolutionInput):
+            if isinstance(item.source, ConvolutionInput) and not joined.is_cuda:
                 gradient = item.source.gradients(joined, part)
             else:
                 gradient = workspace.take(*joined.shape[:2], width)
-                outer(joined, item.source.patches()[part].transpose(1, 2), gradient)
+                outer(joined, item.source.patches(part).transpose(1, 2), gradient)
             yield Chunk(part, rows, gradient.view(*deltas.shape[:3], width))
 
 

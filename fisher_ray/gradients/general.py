@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -34,7 +35,8 @@ def formed_factors(
     Args:
         call: the call.
         deltas: the gradients at its outputs, ``(S, ...)``, None where the network does not depend on one.
-        precision: what the module is run in, as the network was.
+        precision: what the network was run in. A module with all digits is run with them, not in what autocast had for
+            it: some of a GPU's kernels for half precision cannot be vectorised.
         scales: what to multiply by, ``(S, B)``, if anything.
 
     Raises:
@@ -52,8 +54,14 @@ def formed_factors(
         if axis is not None and delta is not None
     ]
     reached = [delta is not None for delta in deltas]
+    around = precision.around(site.module)
+    if precision.forward is not None and all(p.dtype == precision.factors for p in _floating(site.module)):
+        around = precision.outside(site.module)
+        samples, pulled = ([precision.widened(value) for value in part] for part in (samples, pulled))
+        arguments = [precision.widened(value) if isinstance(value, Tensor) else value for value in call.arguments]
+        call = replace(call, arguments=arguments)
     try:
-        with _vectorising(), _restoring(site.module), precision.around(site.module):
+        with _vectorising(), _restoring(site.module), around:
             gradients = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(samples, pulled)
     except Exception as error:
         if is_out_of_memory(error):
@@ -66,6 +74,10 @@ def formed_factors(
     scales = None if scales is None else scales.T
     found = {name: multiplied(precision.widened(value), scales) for name, value in gradients.items()}
     return [FormedFactors(block, _joined(block, site.parameters, found)) for block in site.blocks]
+
+
+def _floating(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.is_floating_point()]
 
 
 @contextmanager

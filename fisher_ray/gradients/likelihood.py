@@ -7,7 +7,7 @@ network's. Over all targets a likelihood has a square root of the output's Fishe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ class Likelihood(Protocol):
         """
 
     def score(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Return ``g`` of one target a sample, ``(B, ...)``."""
+        """Return ``g`` of one target a sample, ``(B, ...)``; of one that :meth:`check_targets` refuses, any numbers."""
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """Raise a DataError if a target is not one of the output's; on a GPU, that waits for it."""
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """Return targets: the true ones, or drawn from the output's own distribution, keyed by ``(seed, index)``."""
@@ -66,16 +69,22 @@ class Softmax:
         """Return ``e_y − p``.
 
         Raises:
-            DataError: if a target is not in ``[0, C)``.
+            DataError: if there is not one target for each sample.
         """
-        num_classes = output.shape[1]
-        wrong = (targets < 0) | (targets >= num_classes)
-        if targets.shape != (len(output),) or bool(wrong.any()):
-            fits = targets.shape == (len(output),)
-            given = f"label {int(targets[wrong][0])}" if fits else f"shape {tuple(targets.shape)}"
-            raise DataError(f"targets: {given}; the rule is one integer in [0, {num_classes}) for each sample")
-        probabilities = output.softmax(dim=1)
-        return functional.one_hot(targets.long(), num_classes).to(probabilities) - probabilities
+        if targets.shape != (len(output),):
+            self._refuse(f"shape {tuple(targets.shape)}", output)
+        probabilities, last = output.softmax(dim=1), output.shape[1] - 1
+        return functional.one_hot(targets.long().clamp(0, last), last + 1).to(probabilities) - probabilities
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """See :class:`Likelihood`."""
+        wrong = (targets < 0) | (targets >= output.shape[1])
+        if bool(wrong.any()):
+            self._refuse(f"label {int(targets[wrong][0])}", output)
+
+    @staticmethod
+    def _refuse(given: str, output: Tensor) -> NoReturn:
+        raise DataError(f"targets: {given}; the rule is one integer in [0, {output.shape[1]}) for each sample")
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """See :class:`Likelihood`; also ``uniform``, any class as likely as another."""
@@ -104,6 +113,9 @@ class Gaussian:
         """Return ``y − output``."""
         _check_like(output, targets)
         return targets.to(output) - output
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """Accept any that :meth:`score` accepts."""
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """See :class:`Likelihood`."""
@@ -134,6 +146,9 @@ class Bernoulli:
         """Return ``y − p``."""
         _check_like(output, targets)
         return targets.to(output) - output.sigmoid()
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """Accept any that :meth:`score` accepts."""
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """See :class:`Likelihood`."""
@@ -176,12 +191,18 @@ class NextToken:
             raise DataError(f"targets {tuple(targets.shape)} are not one token for each of {tuple(output.shape[:2])}")
         following = targets[:, 1:]
         asked = following != self._ignore
-        if bool((asked & ((following < 0) | (following >= output.shape[2]))).any()):
-            raise DataError(f"targets: a token is not in [0, {output.shape[2]})")
         probabilities = output[:, :-1].softmax(dim=2)
         made = -probabilities
-        made.scatter_add_(2, following.clamp(min=0)[..., None], torch.ones_like(made[..., :1]))
+        places = following.clamp(0, output.shape[2] - 1)[..., None]
+        made.scatter_add_(2, places, torch.ones_like(made[..., :1]))
         return functional.pad(made * asked[..., None], (0, 0, 0, 1))
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """See :class:`Likelihood`."""
+        following = targets[:, 1:]
+        outside = (following < 0) | (following >= output.shape[2])
+        if bool((outside & (following != self._ignore)).any()):
+            raise DataError(f"targets: a token is not in [0, {output.shape[2]})")
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """See :class:`Likelihood`: each token by itself, given the true ones before it."""
@@ -231,6 +252,9 @@ class Custom:
                 )
             (made,) = torch.autograd.grad(values.sum(), leaf)
         return made
+
+    def check_targets(self, output: Tensor, targets: Tensor) -> None:
+        """Accept any that :meth:`score` accepts."""
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """Return the true targets.

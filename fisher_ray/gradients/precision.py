@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,10 @@ PRECISIONS: dict[str, torch.dtype | None] = {
 }
 """By the names of ``scores.precision``, what operations are cast to; None leaves the network its own dtypes."""
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.float16: 0.02}
-"""How far two gradients may be apart, relative to the larger one's norm; for bfloat16 and less 0.1."""
+"""How far two gradients may be apart, relative to the larger one's norm; for bfloat16 and less 0.1.
+
+On a GPU that of float32 is float16's: its kernels for two sizes of a batch differ more.
+"""
 SMALL = {torch.float64: 0.01, torch.float32: 0.01}
 """Gradients that are smaller than this share of the largest are measured against this share: they may be rounding.
 
@@ -40,12 +45,14 @@ class Precision:
         factors: float64 if the network has a parameter of it, else float32: of factors, logits and cotangents.
         coarsest: the dtype with the fewest digits that the network computes in.
         has_float16: whether some of the network is float16, whose small numbers vanish.
+        on_gpu: whether the network is on one.
     """
 
     forward: torch.dtype | None
     factors: torch.dtype
     coarsest: torch.dtype
     has_float16: bool
+    on_gpu: bool
 
     @classmethod
     def of(cls, model: nn.Module, forward: torch.dtype | None = None) -> Precision:
@@ -66,17 +73,21 @@ class Precision:
         factors = torch.float64 if torch.float64 in own else torch.float32
         every = own | {factors} | ({forward} if forward is not None else set())
         coarsest = max(every, key=lambda dtype: torch.finfo(dtype).eps)
-        return cls(forward, factors, coarsest, torch.float16 in every)
+        return cls(forward, factors, coarsest, torch.float16 in every, _device(model) == "cuda")
 
     @property
     def tolerance(self) -> float:
         """How far two gradients may be apart by rounding, relative to the larger one's norm."""
-        return TOLERANCE.get(self.coarsest, 0.1)
+        return TOLERANCE.get(self._digits, 0.1)
 
     @property
     def small(self) -> float:
         """The share of the largest gradient that all smaller ones are measured against."""
-        return SMALL.get(self.coarsest, 0.03)
+        return SMALL.get(self._digits, 0.03)
+
+    @property
+    def _digits(self) -> torch.dtype:
+        return torch.float16 if self.on_gpu and self.coarsest == torch.float32 else self.coarsest
 
     def around(self, module: nn.Module) -> AbstractContextManager[object]:
         """Return the context to call a network or a part of it in; no autocast from outside reaches in."""
@@ -86,6 +97,26 @@ class Precision:
     def outside(self, module: nn.Module) -> AbstractContextManager[object]:
         """Return a context without autocast, for what is computed from factors."""
         return torch.autocast(_device(module), enabled=False)
+
+    @contextmanager
+    def full(self, module: nn.Module) -> Iterator[None]:
+        """Multiply float32 with all its digits, without TF32, which torch has in a GPU's convolutions by default."""
+        if _device(module) != "cuda":
+            yield
+            return
+        if hasattr(torch.backends.cudnn, "conv"):
+            places: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+            name, plain = "fp32_precision", "ieee"  # type: tuple[str, str | bool]
+        else:
+            places, name, plain = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
+        before = [getattr(place, name) for place in places]
+        try:
+            for place in places:
+                setattr(place, name, plain)
+            yield
+        finally:
+            for place, value in zip(places, before, strict=True):
+                setattr(place, name, value)
 
     def output(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Call a network and return its main output, as it comes.

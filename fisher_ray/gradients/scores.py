@@ -17,7 +17,9 @@ from fisher_ray.gradients.discovery import discover
 from fisher_ray.gradients.factors import Factors
 from fisher_ray.gradients.forming import Scores, form_gradients
 from fisher_ray.gradients.general import formed_factors
+from fisher_ray.gradients.graphs import Graphs
 from fisher_ray.gradients.likelihood import Likelihood, Softmax
+from fisher_ray.gradients.memory import is_out_of_memory
 from fisher_ray.gradients.network import choose_parameters
 from fisher_ray.gradients.outputs import Inputs, outside_inference, pull_back, rows, signature, tensors
 from fisher_ray.gradients.precision import Precision, multiplied
@@ -43,6 +45,7 @@ class ScoreEngine:
         precision: ``torch.bfloat16`` or ``torch.float16`` to run the network's forward and backward under autocast;
             None for its own dtypes, whatever autocast there is outside. Weights stay as they are, and factors, logits,
             cotangents and all that is made of them are float32 (float64, if the network has parameters of it).
+        graph_batch: on a GPU, the size of the batches whose work is recorded and replayed by :attr:`graphs`.
 
     Attributes:
         model: the network.
@@ -50,6 +53,7 @@ class ScoreEngine:
         blocks: in the network's order.
         parameters: the names of the parameters whose gradients are taken.
         precision: the network's.
+        graphs: runs what is made of this engine's scores.
 
     Raises:
         ModelError: see :func:`fisher_ray.gradients.network.choose_parameters`; or if a half precision is asked for of
@@ -63,6 +67,7 @@ class ScoreEngine:
         parameters: str | Collection[str] = "*",
         likelihood: Likelihood | None = None,
         precision: torch.dtype | None = None,
+        graph_batch: int | None = None,
     ) -> None:
         """See the class."""
         self.model, self.likelihood = model, likelihood or Softmax()
@@ -70,6 +75,7 @@ class ScoreEngine:
         self.blocks, self.parameters = self._chosen.blocks, self._chosen.names
         self.precision = Precision.of(model, precision)
         self._ways: dict[tuple[Any, ...], _Way] = {}
+        self.graphs = Graphs(graph_batch)
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
@@ -137,7 +143,9 @@ class ScoreEngine:
             ModelError: if the network's gradients cannot be had; a layer is named.
             DataError: if a target does not fit.
         """
-        return self.of_draws(inputs, lambda output, number: labels, 1)
+        scores = self.of_draws(inputs, lambda output, number: labels, 1)
+        self.likelihood.check_targets(scores.logits, labels)
+        return scores
 
     def of_draws(self, inputs: Inputs, draw: Callable[[Tensor, int], Tensor], num_draws: int) -> Scores:
         """Scores of ``num_draws`` targets a sample by one batched backward, each divided by ``√num_draws``.
@@ -146,11 +154,11 @@ class ScoreEngine:
 
         Args:
             inputs: ``(B, ...)``.
-            draw: from the output and the draw's number, ``0 … num_draws − 1``, to targets.
+            draw: from the output and the draw's number, ``0 … num_draws − 1``, to targets that are the output's.
             num_draws: ``S``.
 
         Raises:
-            ModelError, DataError: as :meth:`of_labels`.
+            ModelError: as :meth:`all_classes`.
         """
 
         def start(output: Tensor) -> Tensor:
@@ -170,14 +178,13 @@ class ScoreEngine:
         way = self._ways.get(key)
         if way is not None and not way.open(min(batch, 2), self.parameters):
             return way
-        sample = rows(inputs, torch.arange(min(batch, 2)))
+        sample = rows(inputs, torch.arange(min(batch, 2), device="cpu"))
         sharings = SHARINGS if way is None else SHARINGS[SHARINGS.index(way.sharing) :]
         for sharing in sharings:
             try:
                 if way is None or way.sharing != sharing:
                     way = _Way(sharing, discover(self.model, inputs, self._chosen, sharing, self.precision))
-                compute = partial(self._compute, way.sites)
-                way.add(min(batch, 2), verify(self.model, sample, self.blocks, compute, self.precision))
+                way.add(min(batch, 2), self._verify(way.sites, sample))
             except ModelError:
                 if sharing == SHARINGS[-1] or (way is not None and way.sharing == sharing and not way.sites.any_shared):
                     raise
@@ -186,18 +193,36 @@ class ScoreEngine:
             return way
         raise AssertionError("the last way returns or raises")
 
-    def _compute(self, sites: Sites, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
-        batch = len(tensors(inputs)[0])
-        with trace(self.model, inputs, sites, batch, self.precision) as run:
+    def _verify(self, sites: Sites, sample: Inputs) -> set[str]:
+        """Compare with a plain backward, in as many digits as the network can be run in.
+
+        With fewer, the derivatives of some activations near their kinks differ from one batch to the next, and in a
+        deep network everything behind them.
+        """
+        for precision in dict.fromkeys((Precision.of(self.model), self.precision)):
+            compute = partial(self._compute, sites, precision=precision)
+            try:
+                with precision.full(self.model):
+                    return verify(self.model, sample, self.blocks, compute, precision)
+            except RuntimeError as error:  # a kernel of the network's that there is for half precision only
+                if precision == self.precision or is_out_of_memory(error):
+                    raise
+        raise AssertionError("the last precision returns or raises")
+
+    def _compute(
+        self, sites: Sites, inputs: Inputs, start: Callable[[Tensor], Tensor], precision: Precision | None = None
+    ) -> Scores:
+        batch, precision = len(tensors(inputs)[0]), precision or self.precision
+        with trace(self.model, inputs, sites, batch, precision) as run:
             if len(run.output) != batch:
                 raise ModelError(f"the network's output is {tuple(run.output.shape)} for {batch} samples")
             self.likelihood.check(run.output)
-            cotangents, scales = self.precision.rescaled(start(run.output.detach()))
+            cotangents, scales = precision.rescaled(start(run.output.detach()))
             deltas = _backward(run, cotangents)
         with frozen(self.model):  # a module may use parameters that are not inside it
             factors: list[Factors] = []
             while run.calls:  # what was in half precision goes as its factors come
-                factors += _factors(run.calls.pop(0), deltas.pop(0), batch, self.precision, scales)
+                factors += _factors(run.calls.pop(0), deltas.pop(0), batch, precision, scales)
         return Scores(run.output.detach(), run.hidden, len(cotangents), factors)
 
 

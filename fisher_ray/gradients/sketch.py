@@ -19,7 +19,10 @@ from fisher_ray.gradients.formation import Workspace, form_chunks
 from fisher_ray.gradients.forming import Scores
 
 NARROW = 1024
-"""A sketch of fewer numbers is made by gathering: its many short runs would each take longer to begin than to add."""
+"""A sketch of fewer numbers is made by gathering: its many short runs would each take longer to begin than to add.
+
+On a GPU every sketch is.
+"""
 
 
 class GradientSketch:
@@ -85,7 +88,7 @@ class BlockSketch:
         made = []
         for plan in self._plans:
             out = plan.signs.new_zeros(len(plan.signs), 2 * self.dim)
-            plan.add(0, torch.eye(len(plan.signs)).to(out), out)
+            plan.add(0, torch.eye(len(plan.signs), dtype=out.dtype, device=out.device), out)
             made.append(fold(out).view(self._block.num_outputs, -1, self.dim))
         return torch.cat(made, dim=1).flatten(0, 1)
 
@@ -115,17 +118,20 @@ class _Plan:
         generator = torch.Generator().manual_seed(block_seed(seed, f"{block.name} {piece.parameter}"))
         self.columns = piece.columns
         rows, self._width = block.num_outputs, piece.columns.stop - piece.columns.start
-        signs = torch.randint(0, 2, (rows * self._width,), generator=generator, dtype=torch.int8) * 2 - 1
+        size = (rows * self._width,)
+        signs = torch.randint(0, 2, size, generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
         self.signs, self.step = signs.to(like), max(1, dim // self._width)
         self._cuts = [*range(0, self._width, dim)] if self._width > dim else [0]
         self._ends = [*self._cuts[1:], self._width if self._width > dim else self.step * self._width]
         num_runs = -(-rows // self.step) * len(self._cuts)
-        self._shifts = torch.randint(dim, (num_runs,), generator=generator)
-        self._dim, self._kept = dim, (-1, -1, torch.empty(0), torch.empty(0))
+        self._shifts = torch.randint(dim, (num_runs,), generator=generator, device="cpu")
+        self._shifts_there = self._shifts.to(like.device)
+        self._cuts_there = torch.tensor(self._cuts, device=like.device)
+        self._dim, self._kept = dim, dict[tuple[int, int], tuple[Tensor, Tensor]]()
 
     def add(self, start: int, gradient: Tensor, out: Tensor) -> None:
         """Add rows from ``start``, the first of a run, as ``(..., rows · A)``, to ``(..., 2 k)``."""
-        if self._dim < NARROW:
+        if self._dim < NARROW or gradient.is_cuda:
             places, signs = self._gathering(start, gradient.shape[-1])
             runs = gradient.index_select(-1, places).view(*gradient.shape[:-1], -1, self._dim)
             out[..., : self._dim] += (runs * signs).sum(dim=-2)
@@ -143,20 +149,24 @@ class _Plan:
         """Return where in ``size`` coordinates from row ``start`` each run's entries come from, and their signs.
 
         Of runs in order, ``(runs · k,)`` places, the first for an entry that nothing goes to, and ``(runs, k)`` signs,
-        zero there. What was returned last is kept: a layer that is formed in one piece asks for nothing else.
+        zero there. They are kept for as many pieces as a layer is formed in.
         """
-        if self._kept[:2] != (start, size):
-            number, stride = start // self.step * len(self._cuts), self.step * self._width
-            firsts = torch.arange(0, size, stride)[:, None]
-            begins = (firsts + torch.tensor(self._cuts)).flatten()
-            ends = (firsts + torch.tensor(self._ends)).flatten().clamp(max=size)
-            shifts = self._shifts[number : number + len(begins)]
-            places = begins[:, None] + (torch.arange(self._dim) - shifts[:, None]) % self._dim
-            filled = places < ends[:, None]
-            places = torch.where(filled, places, 0).to(self.signs.device)
-            signs = self.signs[start * self._width + places] * filled.to(self.signs)
-            self._kept = start, size, places.flatten(), signs
-        return self._kept[2], self._kept[3]
+        if (found := self._kept.get((start, size))) is not None:
+            return found
+        number, stride = start // self.step * len(self._cuts), self.step * self._width
+        there = self.signs.device
+        firsts = torch.arange(0, size, stride, device=there)[:, None]
+        begins = (firsts + self._cuts_there).flatten()
+        ends = (firsts + torch.tensor(self._ends, device=there)).flatten().clamp(max=size)
+        shifts = self._shifts_there[number : number + len(begins)]
+        places = begins[:, None] + (torch.arange(self._dim, device=there) - shifts[:, None]) % self._dim
+        filled = places < ends[:, None]
+        places = torch.where(filled, places, 0)
+        signs = self.signs[start * self._width + places] * filled.to(self.signs)
+        if sum(kept for _, kept in self._kept) + size > len(self.signs):  # pieces of another size than before
+            self._kept.clear()
+        self._kept[start, size] = places.flatten(), signs
+        return self._kept[start, size]
 
     def transpose(self, sketches: Tensor) -> Tensor:
         """Return for every coordinate its sign times the entry that it goes to: ``(..., k)`` to ``(..., O · A)``."""
@@ -170,10 +180,10 @@ class _Plan:
 
     def add_tokens(self, item: TokenFactors, out: Tensor) -> None:
         """Add the rows of an embedding that were looked up to ``(B, S, 2 k)``."""
-        shifts = self._shifts.view(-1, len(self._cuts)).to(out.device)
+        shifts = self._shifts_there.view(-1, len(self._cuts))
         columns = torch.arange(self._width, device=out.device)
-        cut = torch.bucketize(columns, torch.tensor(self._cuts, device=out.device), right=True) - 1
-        places = columns - torch.tensor(self._cuts, device=out.device)[cut]  # (A,)
+        cut = torch.bucketize(columns, self._cuts_there, right=True) - 1
+        places = columns - self._cuts_there[cut]  # (A,)
         rows = item.tokens  # (B, T)
         index = shifts[rows // self.step][:, :, cut] + (rows % self.step * self._width)[..., None] + places
         signed = item.deltas * self.signs.view(-1, self._width)[rows]  # (S, B, T, A)

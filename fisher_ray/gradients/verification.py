@@ -36,7 +36,7 @@ def verify(
     Raises:
         ModelError: naming the parameter whose gradients differ.
     """
-    every = torch.arange(len(tensors(inputs)[0]))
+    every = torch.arange(len(tensors(inputs)[0]), device="cpu")
     cotangents, plain = _plain(
         model, rows(inputs, every), {piece.parameter for block in blocks for piece in block.pieces}, precision
     )
@@ -69,7 +69,7 @@ def _plain(model: nn.Module, inputs: Inputs, names: set[str], precision: Precisi
     with _requiring(list(parameters.values())), torch.enable_grad():
         output = precision.widened(precision.output(model, inputs))
         generator = torch.Generator().manual_seed(0)
-        cotangents = torch.randn(output.shape, generator=generator).to(output)
+        cotangents = torch.randn(output.shape, generator=generator, device="cpu").to(output)
         found: Sequence[Tensor | None] = [None] * len(parameters)
         if output.requires_grad:
             found = pull_back(output, list(parameters.values()), cotangents)

@@ -21,7 +21,7 @@ Task = Callable[..., tuple[Receipt, Arrays | None]]
 Merge = Callable[[Any, Arrays, Arrays], Arrays]
 
 LIFE = "life"
-"""The concurrency group of :meth:`Worker.live`, which takes no place of a unit's."""
+"""The concurrency group of :meth:`Worker.live`, and of asking whether the actor answers: no place of a unit's."""
 IN_FLIGHT = 2
 """Units that a worker has at a time: one is read, or written, while the other is computed."""
 
@@ -65,6 +65,8 @@ class Worker:
 
         self._threads, self._lacks_gpu = threads, gpus and not torch.cuda.is_available()
         device = "cuda" if gpus and not self._lacks_gpu else "cpu"
+        if device == "cuda":
+            _always_the_same()
         self._bench = Workbench(config, facts, device)
         name = torch.cuda.get_device_name() if device == "cuda" else device
         self._place = Place(socket.gethostname(), os.getpid(), name, len(os.sched_getaffinity(0)))
@@ -181,8 +183,17 @@ class Worker:
         torch.set_num_threads(threads)
 
 
+def _always_the_same() -> None:
+    """Have kernels on this process's GPU that give the same bits each time; torch warns of what has none."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it would cost a pass
+
+
 def _keep(arrays: Arrays | None, url: str | None) -> None:
     if url is not None and arrays is not None:
         from fisher_ray.store import save_arrays
 
-        save_arrays(url, arrays, {"kind": "sum"})
+        save_arrays(url, arrays, {"kind": "sum"}, leftovers=True)

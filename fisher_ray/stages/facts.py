@@ -19,6 +19,7 @@ class Facts:
         block_shapes: ``(O, A)`` by block.
         num_parameters: ``P``, those whose gradients are taken.
         micro_batch: samples whose scores are computed together.
+        micro_batch_gpu: the same for workers with GPUs.
     """
 
     num_rows: dict[str, int]
@@ -29,3 +30,4 @@ class Facts:
     block_shapes: dict[str, tuple[int, int]]
     num_parameters: int
     micro_batch: int
+    micro_batch_gpu: int

@@ -13,15 +13,16 @@ from fisher_ray.records import Batch
 from fisher_ray.stages.compression import stand_in
 from fisher_ray.stages.passes import batch_scores
 
-MOST = 64
-"""Samples that are enough to keep a processor busy; more would only take more memory."""
+MOST, MOST_GPU = 64, 1024
+"""Samples that are enough to keep a processor busy, or a GPU; more would only take more memory."""
 
 
-def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> int:
-    """Return ``runtime.micro_batch``; for ``auto``, the largest power of two that ``runtime.memory_bytes`` allow.
+def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> tuple[int, int]:
+    """Return ``runtime.micro_batch``; for ``auto``, the largest powers of two that ``runtime.memory_bytes`` allow.
 
-    The bytes of scores, of their moments and of their compression are counted and not measured, so the answer is the
-    same on every machine.
+    The first is for processors, the second for GPUs. The bytes of scores, of their moments and of their compression are
+    counted and not measured, so the answer is the same on every machine. Beyond what is counted for processors they are
+    taken to grow as they did.
 
     Args:
         config: the run's.
@@ -33,16 +34,20 @@ def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> i
     """
     asked = config.runtime.micro_batch
     if asked != "auto":
-        return asked
+        return asked, asked
     limit, size = config.runtime.memory_bytes, 1
     if (needed := _count(config, engine, inputs, size)) > limit:
         raise ConfigError(
             f"the scores of one sample take {needed} bytes, runtime.memory_bytes allow {limit}. Raise them, set "
             "runtime.micro_batch: 1, or take fewer parameters (scores.parameters) or one label (scores.labels)."
         )
-    while size < MOST and _count(config, engine, inputs, 2 * size) <= limit:
-        size *= 2
-    return size
+    each = needed  # of a sample more
+    while size < MOST and (more := _count(config, engine, inputs, 2 * size)) <= limit:
+        each, needed, size = (more - needed) // size, more, 2 * size
+    wide = size
+    while size == MOST and wide < MOST_GPU and needed + (2 * wide - size) * each <= limit:
+        wide *= 2
+    return size, wide
 
 
 def _count(config: Config, engine: ScoreEngine, inputs: Tensor, size: int) -> int:

@@ -64,7 +64,10 @@ def batch_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draw
     def draw(output: Tensor, number: int) -> Tensor:
         return engine.likelihood.draw(labels, output, batch.labels, batch.index, seed + (number << 32))
 
-    return engine.of_draws(batch.inputs, draw, draws)
+    scores = engine.of_draws(batch.inputs, draw, draws)
+    if labels == "true":
+        engine.likelihood.check_targets(scores.logits, batch.labels)
+    return scores
 
 
 def root_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draws: int = 1) -> Scores:
@@ -76,17 +79,27 @@ def root_scores(engine: ScoreEngine, batch: Batch, labels: str, seed: int, draws
 
 def compressed_scores(
     engine: ScoreEngine, compressor: Compressor, batch: Batch, labels: str, seed: int
-) -> tuple[Scores, Tensor]:
-    """Return scores as :func:`batch_scores`, and them compressed, ``(B, S, D)``.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the logits, the last hidden layer, and scores as :func:`batch_scores`, compressed, ``(B, S, D)``.
 
-    Of all classes one fewer is backpropagated where the compression is linear, and is missing among the scores.
+    Of all classes one fewer is backpropagated where the compression is linear.
     """
-    if labels != "all" or not compressor.linear:
+    if labels != "all":
         scores = batch_scores(engine, batch, labels, seed)
-        return scores, compressor.compress(scores)
-    scores, reflection = engine.spanning_classes(batch.inputs)
-    compressed = compressor.compress(scores)
-    return scores, compressed if reflection is None else reflection.complete(compressed)
+        return scores.logits, scores.hidden, compressor.compress(scores)
+
+    def compute(inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        if not compressor.linear:
+            scores = engine.all_classes(inputs)
+            return scores.logits, scores.hidden, compressor.compress(scores)
+        scores, reflection = engine.spanning_classes(inputs)
+        compressed = compressor.compress(scores)
+        return scores.logits, scores.hidden, compressed if reflection is None else reflection.complete(compressed)
+
+    logits, hidden, compressed = engine.graphs.run(("features", compressor), compute, batch.inputs)
+    assert logits is not None
+    assert compressed is not None
+    return logits, hidden, compressed
 
 
 def kronecker_pass(
@@ -142,8 +155,16 @@ def fisher_pass(
     halvings, seen = halvings or Halvings(), False
     scores_of = root_scores if compressor.linear else batch_scores
 
+    def compute(inputs: Tensor) -> tuple[Tensor]:
+        scores = engine.spanning_classes(inputs)[0] if compressor.linear else engine.all_classes(inputs)
+        return (compressor.compress(scores),)
+
     def made(part: Batch) -> tuple[Tensor, dict[str, float]]:
-        values = compressor.compress(scores_of(engine, part, labels, seed, draws))
+        if labels == "all":
+            (values,) = engine.graphs.run(("metric", compressor), compute, part.inputs)
+            assert values is not None
+        else:
+            values = compressor.compress(batch_scores(engine, part, labels, seed, draws))
         return values, {} if seen else whole(part)
 
     def whole(part: Batch) -> dict[str, float]:
@@ -238,9 +259,9 @@ def batch_features(
         logits, hidden, compressed = [], [], []
         mirrored = [Batch(part.inputs.flip(-1), part.labels, part.index)] if views == 2 else []
         for view in [part, *mirrored]:
-            scores, values = compressed_scores(engine, compressor, view, labels, seed)
-            logits.append(scores.logits)
-            hidden += [] if scores.hidden is None else [scores.hidden]
+            view_logits, view_hidden, values = compressed_scores(engine, compressor, view, labels, seed)
+            logits.append(view_logits)
+            hidden += [] if view_hidden is None else [view_hidden]
             compressed.append(values)
         return logits, hidden, _mean(compressed)
 

@@ -11,11 +11,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fisher_ray.metric import LowRankMetric, basis_arrays, basis_attributes
 from fisher_ray.records import Batch, Receipt, Unit
 from fisher_ray.stages import compression, shallow
 from fisher_ray.stages.halving import Halvings
+from fisher_ray.stages.host import Host
 from fisher_ray.stages.passes import Features, batch_features, fisher_pass, kronecker_pass
 from fisher_ray.stages.training import clean_batches, drop_row
 from fisher_ray.stages.workbench import Workbench
@@ -80,14 +83,16 @@ def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
     """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
     log, url = _Log(), bench.url(f"features/{name}.zarr")
-    parts: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    host = Host(bench.device)
     for made in _features(bench, split, unit, log):
         arrays = {"features": made.values, "logits": made.logits}
         arrays |= {"labels": made.batch.labels, "index": made.batch.index}
         for key, value in {**arrays, **({"hidden": made.hidden} if made.hidden is not None else {})}.items():
-            parts.setdefault(key, []).append(value.cpu().numpy())
+            parts.setdefault(key, []).append(host.copy(value))
     start = time.monotonic()
-    joined = {key: np.concatenate(values) for key, values in parts.items()} or _no_rows(url)
+    host.wait()
+    joined = {key: torch.cat(values).numpy() for key, values in parts.items()} or _no_rows(url)
     num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=log.skipped)
     log.seconds["write"] = time.monotonic() - start
     return log.receipt(unit, attempt, num_bytes), None

@@ -119,7 +119,7 @@ def clean_batches(
     skipped: dict[int, str],
     excluded: Mapping[int, str] = MappingProxyType({}),
 ) -> Generator[Batch, None, None]:
-    """Yield clean samples of ``split`` in row order, on the bench's device, in micro-batches.
+    """Yield clean samples of ``split`` in row order in micro-batches, inputs and labels on the bench's device.
 
     Arguments as of :func:`fisher_ray.data.load_batches`.
     """
@@ -127,16 +127,18 @@ def clean_batches(
     batches = load_batches(
         bench.source(split),
         rows,
-        facts.micro_batch,
+        bench.micro_batch,
         num_classes=facts.num_classes,
         expected_shape=facts.input_shape,
         on_error=config.data.on_error,
         skipped=skipped,
         excluded=excluded,
+        pinned=bench.device.type == "cuda",
     )
     try:
         for batch in batches:
-            yield Batch(*(part.to(bench.device) for part in (batch.inputs, batch.labels, batch.index)))
+            inputs, labels = (part.to(bench.device, non_blocking=True) for part in (batch.inputs, batch.labels))
+            yield Batch(inputs, labels, batch.index)
     finally:
         batches.close()
 

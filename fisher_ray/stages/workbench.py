@@ -54,6 +54,11 @@ class Workbench:
         self._sources: dict[str, Source] = {}
         self._opening = threading.Lock()
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples whose scores are computed together."""
+        return self.facts.micro_batch_gpu if self.device.type == "cuda" else self.facts.micro_batch
+
     def url(self, name: str) -> str:
         """Return the URL of ``name`` in the run folder."""
         return f"{self.config.output.rstrip('/')}/{name}"
@@ -77,7 +82,7 @@ class Workbench:
     @cached_property
     def engine(self) -> ScoreEngine:
         """What computes scores of the base network."""
-        return score_engine(self.config, self.model)
+        return score_engine(self.config, self.model, self.micro_batch)
 
     @cached_property
     def bases(self) -> dict[str, Compression]:
@@ -101,9 +106,10 @@ class Workbench:
         return LowRankMetric.load(self.url("metric.zarr"))
 
 
-def score_engine(config: Config, model: nn.Module) -> ScoreEngine:
-    """Return what computes the scores that a run asks for."""
-    return ScoreEngine(model, config.scores.parameters, precision=precision_of(config.scores.precision))
+def score_engine(config: Config, model: nn.Module, graph_batch: int | None = None) -> ScoreEngine:
+    """Return what computes the scores that a run asks for; ``graph_batch`` as of the engine."""
+    precision = precision_of(config.scores.precision)
+    return ScoreEngine(model, config.scores.parameters, precision=precision, graph_batch=graph_batch)
 
 
 def base_network(config: Config, storage: Storage) -> nn.Module:
@@ -173,7 +179,7 @@ def inspect_request(config: Config) -> Facts:
         hidden,
         engine.block_shapes,
         num_parameters,
-        choose_micro_batch(config, engine, inputs),
+        *choose_micro_batch(config, engine, inputs),
     )
 
 

@@ -120,7 +120,7 @@ def test_drawn_sequences_are_drawn_token_by_token_given_the_true_ones():
         (lambda: Custom(torch.sub).draw("sampled", *[torch.zeros(1)] * 3, 0), RequestError, "cannot draw"),
         (lambda: Gaussian().draw("uniform", *[torch.zeros(1, 2)] * 2, torch.arange(1), 0), RequestError, "'uniform'"),
         (lambda: Gaussian().score(torch.zeros(2, 3), torch.zeros(2)), DataError, r"targets are \(2,\)"),
-        (lambda: NextToken().score(torch.zeros(1, 3, 5), torch.tensor([[0, 7, 1]])), DataError, r"not in \[0, 5\)"),
+        (lambda: NextToken().check_targets(torch.zeros(1, 3, 5), torch.tensor([[0, 7, 1]])), DataError, r"in \[0, 5\)"),
         (lambda: NextToken().score(torch.zeros(1, 3, 5), torch.zeros(1, 2).long()), DataError, r"\(1, 2\) are not"),
         (lambda: Custom(lambda z, y: z.sum()).score(torch.zeros(2, 3), torch.zeros(2)), ModelError, r"returns \(\)"),
         (lambda: NextToken().check(torch.zeros(1, 3)), ModelError, r"logits of shape \(B, T, V\)"),

@@ -285,6 +285,23 @@ def test_a_precision_that_there_is_not_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, *BOUND], ids=["float32", "bfloat16", "float16"])
+def test_on_a_gpu_a_deep_network_is_not_refused_for_its_few_digits(dtype):
+    """Two sizes of a batch have two kernels there, with TF32 in them by default."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3, padding=1)]
+    for _ in range(24):
+        layers += [nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)]
+        nn.init.kaiming_normal_(layers[-1].weight, nonlinearity="relu")
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)).cuda()
+    before = torch.backends.cudnn.conv.fp32_precision
+    engine = ScoreEngine(model, precision=dtype)
+    scores = engine.of_labels(torch.randn(4, 3, 32, 32).cuda(), LABELS.cuda())
+    assert flat(engine, scores).isfinite().all()
+    assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+@pytest.mark.gpu
 @HALVES
 @pytest.mark.parametrize("name", NETWORKS)
 def test_on_a_gpu_gradients_in_half_precision_are_close_to_the_exact_ones(name, dtype):

@@ -9,7 +9,7 @@ import pytest
 import fisher_ray
 from fisher_ray import pipeline
 from fisher_ray.errors import ClaimedError, ConfigError, DataError, ModelError, ResumeMismatchError
-from fisher_ray.runtime import Claim
+from fisher_ray.runtime import Claim, Pool
 from fisher_ray.store import verify
 from tests.integration.runs import Listening, bits, digits, worker_pid
 
@@ -181,6 +181,26 @@ def test_a_driver_whose_claim_is_taken_over_stops_and_the_run_resumes(undisturbe
     pipeline.run(digits(tmp_path / "run"), until="linear", progress=Listening())
     resumed, whole = bits(tmp_path / "run"), bits(undisturbed[0])
     assert resumed == {name: whole[name] for name in resumed}
+
+
+def test_a_store_is_not_sealed_by_a_driver_whose_claim_is_lost(ray_session, tmp_path, monkeypatch):
+    check, write, lost = Claim.check, Pool.map, list[str]()
+
+    def refuse(claim):
+        if lost:
+            raise ClaimedError("another has it")
+        check(claim)
+
+    def write_then_lose(pool, stage, *arguments, **options):
+        write(pool, stage, *arguments, **options)
+        lost.append(stage)
+
+    monkeypatch.setattr(Claim, "check", refuse)
+    monkeypatch.setattr(Pool, "map", write_then_lose)
+    with pytest.raises(ClaimedError, match="another has it"):
+        pipeline.run(digits(tmp_path / "run"), until="features", progress=Listening())
+    assert lost == ["features/train"]
+    assert not (tmp_path / "run" / "features" / "train.zarr" / "seal.json").exists()
 
 
 def test_a_row_that_kills_its_worker_is_left_out_and_listed(ray_session, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def make_run(
             "runtime": {"unit_rows": 4 * chunk_rows, **(runtime or {})},
         }
     )
-    facts = Facts({"shallow": num_rows, "test": 1}, {}, (1,), num_classes, HIDDEN, {}, 1, 64)
+    facts = Facts({"shallow": num_rows, "test": 1}, {}, (1,), num_classes, HIDDEN, {}, 1, 64, 64)
     arrays = _rows(num_rows, rank, num_classes, dtype)
     _write(str(folder / "features/train.zarr"), arrays, config, dtype, dict.fromkeys(skipped, "not a picture"))
     bench = Workbench(config, facts)

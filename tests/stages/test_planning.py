@@ -19,7 +19,7 @@ SHAPES = {"conv0": (4, 28), "fc": (10, 101)}
 
 def facts(shallow: int = 1000, test: int = 300, hidden: int | None = 100) -> Facts:
     num_parameters = sum(outputs * inputs for outputs, inputs in SHAPES.values())
-    return Facts({"shallow": shallow, "test": test}, {}, (1, 8, 8), 10, hidden, SHAPES, num_parameters, 64)
+    return Facts({"shallow": shallow, "test": test}, {}, (1, 8, 8), 10, hidden, SHAPES, num_parameters, 64, 64)
 
 
 def config(**replaced) -> Config:

@@ -18,12 +18,12 @@ from torch.nn import functional
 from fisher_ray.gradients import Compressor, GradientBuffer, GradientSketch, ScoreEngine, random_bases
 from fisher_ray.metric import choose_bases
 from fisher_ray.records import Batch
-from fisher_ray.stages.passes import kronecker_pass
+from fisher_ray.stages.passes import compressed_scores, kronecker_pass
 from tests.benchmarks.gradients.workloads import Workload
 
 Run = Callable[[], Any]
 MICRO_BATCH = 32
-"""Samples of all classes at a time: enough to keep two cores busy, and what an allocator gives back is little."""
+"""Samples of all classes at a time on a CPU: enough for two cores, and what an allocator gives back is little."""
 SKETCH_DIM, KRONECKER_DIM = 4096, 2048
 
 
@@ -32,26 +32,41 @@ def plain(work: Workload) -> Run:
 
     def run() -> None:
         work.model.zero_grad(set_to_none=True)
-        functional.cross_entropy(work.model(work.inputs), work.labels, reduction="sum").backward()
+        with work.autocast():
+            loss = functional.cross_entropy(work.model(work.inputs), work.labels, reduction="sum")
+        loss.backward()
 
     return run
 
 
+def _engine(work: Workload) -> ScoreEngine:
+    return ScoreEngine(work.model, precision=work.precision, graph_batch=len(work.inputs))
+
+
+def _compressing(work: Workload, engine: ScoreEngine, compressor: Compressor | GradientSketch) -> Run:
+    """One label a sample, as passes run it: on a GPU as a graph. The labels are checked, as passes do it, before."""
+
+    def compute(inputs: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (compressor.compress(engine.of_draws(inputs, lambda output, number: labels, 1)),)
+
+    return lambda: engine.graphs.run(compressor, compute, work.inputs, work.labels)[0]
+
+
 def factors(work: Workload) -> Run:
-    engine = ScoreEngine(work.model)
+    engine = _engine(work)
     return lambda: engine.of_labels(work.inputs, work.labels)
 
 
 def exact(work: Workload) -> Run:
-    engine = ScoreEngine(work.model)
+    engine = _engine(work)
     buffer = GradientBuffer(engine.blocks, work.model, len(work.inputs))
     return lambda: buffer.fill(engine.of_labels(work.inputs, work.labels))
 
 
 def projected(work: Workload) -> Run:
-    engine = ScoreEngine(work.model)
+    engine = _engine(work)
     compressor = Compressor(random_bases(engine.blocks, work.width, 0), engine.blocks, next(work.model.parameters()))
-    return lambda: compressor.compress(engine.of_labels(work.inputs, work.labels))
+    return _compressing(work, engine, compressor)
 
 
 def projected_linear(work: Workload) -> Run | None:
@@ -66,15 +81,15 @@ def projected_linear(work: Workload) -> Run | None:
 
 
 def sketched(work: Workload) -> Run:
-    engine = ScoreEngine(work.model)
+    engine = _engine(work)
     sketch = GradientSketch(engine.blocks, SKETCH_DIM, 0, next(work.model.parameters()))
-    return lambda: sketch.compress(engine.of_labels(work.inputs, work.labels))
+    return _compressing(work, engine, sketch)
 
 
 def all_classes(work: Workload) -> Run | None:
     if work.name != "W1":
         return None
-    engine = ScoreEngine(work.model)
+    engine = _engine(work)
     buffer = GradientBuffer(engine.blocks, work.model, len(work.inputs), 10)
     return lambda: buffer.fill(engine.all_classes(work.inputs))
 
@@ -82,18 +97,16 @@ def all_classes(work: Workload) -> Run | None:
 def all_classes_compressed(work: Workload) -> Run | None:
     if work.name != "W1":
         return None
-    engine = ScoreEngine(work.model)
+    engine = _engine(work)
     batch = Batch(work.inputs, work.labels, torch.arange(len(work.inputs)))
     moments = kronecker_pass(engine, engine.block_shapes, [batch], "all", 0)
     bases = choose_bases(moments, engine.block_shapes, KRONECKER_DIM)
     compressor = Compressor(bases, engine.blocks, work.inputs)
 
     def run() -> list[Any]:
-        found = []
-        for part in work.inputs.split(MICRO_BATCH):
-            scores, reflection = engine.spanning_classes(part)
-            found.append(reflection.complete(compressor.compress(scores)))
-        return found
+        size = len(work.inputs) if work.inputs.is_cuda else MICRO_BATCH
+        parts = (Batch(part, work.labels, work.labels) for part in work.inputs.split(size))
+        return [compressed_scores(engine, compressor, part, "all", 0)[2] for part in parts]
 
     return run
 
@@ -118,7 +131,30 @@ def func_gradients(work: Workload) -> Run:
         return functional.cross_entropy(functional_call(work.model, values, (x[None],)), y[None])
 
     each = vmap(grad(loss), in_dims=(None, 0, 0))
-    return lambda: each(parameters, work.inputs, work.labels)
+
+    def run() -> dict[str, Tensor]:
+        with work.autocast():
+            found: dict[str, Tensor] = each(parameters, work.inputs, work.labels)
+        return found
+
+    return run
+
+
+def func_projected(work: Workload) -> Run:
+    """Gradients by ``torch.func``, then a two-sided projection of every weight's, as wide as this package's."""
+    gradients, sides = func_gradients(work), {}
+    for name, value in work.model.named_parameters():
+        if value.ndim > 1:
+            shape = (len(value), value[0].numel())
+            sides[name] = [torch.randn(size, min(size, work.width), device=value.device) for size in shape]
+
+    def run() -> list[Tensor]:
+        return [
+            (sides[name][0].T @ value.flatten(2) @ sides[name][1]) if name in sides else value
+            for name, value in gradients().items()
+        ]
+
+    return run
 
 
 def func_jacobian(work: Workload) -> Run | None:
@@ -130,7 +166,12 @@ def func_jacobian(work: Workload) -> Run | None:
         return functional_call(work.model, values, (x[None],))[0]
 
     each = vmap(jacrev(logits), in_dims=(None, 0))
-    return lambda: each(parameters, work.inputs)
+
+    def run() -> Any:
+        with work.autocast():
+            return each(parameters, work.inputs)
+
+    return run
 
 
 METHODS: dict[str, Callable[[Workload], Run | None]] = {
@@ -143,6 +184,7 @@ METHODS: dict[str, Callable[[Workload], Run | None]] = {
     "all classes": all_classes,
     "all classes compressed": all_classes_compressed,
     "torch.func vmap(grad)": func_gradients,
+    "torch.func vmap(grad), projected": func_projected,
     "torch.func vmap(jacrev)": func_jacobian,
     "one sample at a time": one_at_a_time,
 }
