@@ -12,9 +12,9 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,14 +23,18 @@ from fisher_ray.errors import ConfigError, StorageError
 
 T = TypeVar("T")
 Bytes = bytes | bytearray | memoryview
+Fold = Callable[[int, np.ndarray], int]
 
 RETRY_S = 60.0
 """How long transient failures are retried, in seconds, before :class:`StorageError`, if the environment's
 ``FISHER_RAY_RETRY_S`` does not say otherwise."""
+BLOCK_BYTES, REST_BYTES = 1 << 20, 64
+"""What is read at a time where bytes are looked at as they come, and as much as is told of what nobody has room for."""
 PARTIAL = ".partial"
 """Ending of files whose writer has not finished, or was killed."""
 
-_LOCAL_TRANSIENT = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT}
+_LOCAL_TRANSIENT = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT}
+_LOCAL_TRANSIENT |= {errno.ENOENT, errno.ENOTEMPTY}  # one removes a folder while another writes there
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room there, then run again."),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Give this user the right to write there."),
@@ -91,13 +95,46 @@ class Storage:
         """Return the bytes of ``name`` as uint8, shape ``(size,)``: quicker for large files. Errors as above."""
         return self._try("read", name, lambda: self._files.read_array(name))
 
-    def write_bytes(self, name: str, data: Bytes) -> None:
+    def read_into(self, name: str, target: np.ndarray, fold: Fold) -> tuple[int, bytes]:
+        """Read ``name`` into memory that is there, and fold its bytes while they are in the processor's cache.
+
+        Args:
+            name: the file.
+            target: uint8, for the bytes that it begins with.
+            fold: from what it made of the bytes before (0 of none) and a block of bytes to what it makes of both.
+
+        Returns:
+            What ``fold`` made of ``target``; and the bytes behind, but not more than a few. A file that is too short
+            fills a part of ``target``, and nothing is behind it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            StorageError: if it cannot be read.
+        """
+        return self._try("read", name, lambda: self._files.read_into(name, target, fold))
+
+    def write_bytes(self, name: str, data: Bytes, *, settle: bool = True) -> None:
         """Put ``data`` at ``name``: readers, and a crash, see the old file or the whole new one.
+
+        Args:
+            name: the file.
+            data: its bytes.
+            settle: whether the file is there after the power was lost; else :meth:`settle` sees to it for many.
 
         Raises:
             StorageError: if it cannot be written.
         """
-        self._try("write", name, lambda: self._files.write(name, data))
+        self._try("write", name, lambda: self._files.write(name, data, settle))
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Make sure that files which were written are there after the power was lost.
+
+        Raises:
+            StorageError: if that cannot be made sure of.
+        """
+        folders = {folder.as_posix() for name in names for folder in PurePosixPath(name).parents}
+        for folder in sorted(folders, key=len, reverse=True):  # the innermost first
+            self._try("write", folder, partial(self._files.settle, folder))
 
     def exists(self, name: str) -> bool:
         """Whether there is a file ``name`` (a folder is none)."""
@@ -194,21 +231,36 @@ class _LocalFiles:
         with open(self.root / name, "rb") as file:
             return data[: file.readinto(data.data)]
 
-    def write(self, name: str, data: Bytes) -> None:
+    def read_into(self, name: str, target: np.ndarray, fold: Fold) -> tuple[int, bytes]:
+        with open(self.root / name, "rb", buffering=0) as file:
+            folded, place = 0, 0
+            while place < len(target):
+                size = file.readinto(target[place : place + BLOCK_BYTES].data) or 0
+                if not size:
+                    break
+                folded = fold(folded, target[place : place + size])
+                place += size
+            return folded, file.read(REST_BYTES)
+
+    def write(self, name: str, data: Bytes, settle: bool) -> None:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
-            with open(partial, "xb") as file:
+            with open(unfinished, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            os.replace(unfinished, path)
         except BaseException:
             with contextlib.suppress(OSError):  # the first failure is the one to tell
-                partial.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        if settle:
+            _sync_folder(path.parent)
+
+    def settle(self, folder: str) -> None:
+        _sync_folder(self.root / folder)
 
     def size(self, name: str) -> int:
         with contextlib.suppress(NotADirectoryError):
@@ -275,8 +327,17 @@ class _S3Files:
     def read_array(self, name: str) -> np.ndarray:
         return np.frombuffer(self._fs.cat_file(self._path(name)), np.uint8).copy()  # bytes are read-only
 
-    def write(self, name: str, data: Bytes) -> None:
+    def read_into(self, name: str, target: np.ndarray, fold: Fold) -> tuple[int, bytes]:
+        data = np.frombuffer(self._fs.cat_file(self._path(name)), np.uint8)
+        body = data[: len(target)]
+        target[: len(body)] = body
+        return fold(0, body), data[len(body) : len(body) + REST_BYTES].tobytes()
+
+    def write(self, name: str, data: Bytes, settle: bool) -> None:
         self._fs.pipe_file(self._path(name), bytes(data))
+
+    def settle(self, folder: str) -> None:
+        """Do nothing: an object that was put is there."""
 
     def size(self, name: str) -> int:
         info = self._fs.info(self._path(name))

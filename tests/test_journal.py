@@ -74,7 +74,7 @@ def test_a_driver_that_has_lost_its_claim_writes_nothing_any_more(storage):
 
 
 def test_what_interrupted_a_stage_is_told_and_soon_where_storage_does_not_answer(storage, monkeypatch):
-    def silent(self, name, data):
+    def silent(self, name, data, settle):
         raise TimeoutError(errno.ETIMEDOUT, "no answer")
 
     journal = Journal.open(storage, FACTS)

@@ -127,6 +127,22 @@ def test_transient_failures_are_tried_again_and_the_time_is_bounded(tmp_path, mo
     assert len(calls) == 1
 
 
+def test_a_folder_is_removed_although_another_still_writes_there(tmp_path, monkeypatch):
+    storage, rmdir, late = Storage(str(tmp_path)), os.rmdir, []
+
+    def written_to(*args, **options):
+        if len(late) < 2:
+            late.append(args)
+            storage.write_bytes(f"sums/a/{len(late)}", b"late")
+        return rmdir(*args, **options)
+
+    storage.write_bytes("sums/a/0", b"x")
+    monkeypatch.setattr(os, "rmdir", written_to)
+    storage.remove("sums")
+    assert len(late) == 2
+    assert os.listdir(tmp_path) == []
+
+
 def test_partial_files_are_unseen_and_can_be_cleared(tmp_path):
     storage = Storage(str(tmp_path))
     storage.write_bytes("a/b", b"x")

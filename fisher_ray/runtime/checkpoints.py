@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fisher_ray.runtime.schedule import Node
+from fisher_ray.runtime.tree import Node
 from fisher_ray.storage import Storage
 from fisher_ray.store import SEAL
 
@@ -33,7 +33,7 @@ class Checkpoints:
         sealed = re.compile(rf"{re.escape(self._folder)}/(\d+)-(\d+)\.zarr/{re.escape(SEAL)}")
         found = (sealed.fullmatch(name) for name in self._storage.list(self._folder))
         nodes = [Node(int(match[1]), int(match[2])) for match in found if match is not None]
-        return [node for node in nodes if not any(other != node and _covers(other, node) for other in nodes)]
+        return [node for node in nodes if not any(other.covers(node) for other in nodes)]
 
     def place(self, node: Node) -> str | None:
         """Return where a node's sum is to be kept; None if it is not."""
@@ -55,7 +55,3 @@ class Checkpoints:
 def remove_checkpoints(storage: Storage) -> None:
     """Remove every pass' kept sums."""
     storage.remove(FOLDER)
-
-
-def _covers(above: Node, below: Node) -> bool:
-    return above.level > below.level and below.position >> (above.level - below.level) == above.position

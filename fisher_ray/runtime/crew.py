@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -14,73 +12,32 @@ import ray.exceptions
 from fisher_ray.config import Config
 from fisher_ray.errors import WorkersLostError
 from fisher_ray.runtime.failures import raise_cause, reason
-from fisher_ray.runtime.resources import actor_options, gpus_per_worker, num_workers, wanted
-from fisher_ray.runtime.schedule import Work
+from fisher_ray.runtime.member import Job, Member
+from fisher_ray.runtime.resources import (
+    actor_options,
+    cluster_resources,
+    fitting,
+    gpus_per_worker,
+    num_workers,
+    wanted,
+)
 from fisher_ray.runtime.session import Session
-from fisher_ray.runtime.worker import IN_FLIGHT, LIFE, Place, Worker
+from fisher_ray.runtime.starts import Starts
+from fisher_ray.runtime.worker import IN_FLIGHT, LIFE, Worker
 
-Ref: TypeAlias = Any
-"""A reference to an object in Ray's store."""
 Note = Callable[[str], None]
 
 LOOK_S = 5.0
 """How often the cluster is asked whether it has grown or shrunk."""
 MAX_FAILED_STARTS = 10
 """Workers that may end while they start, one after the other and with none alive, before the run stops."""
-MAX_PAUSE_S = 60.0
-"""How long at most no worker is started after one that ended while it started; 2 s at first. None with none alive."""
 ANSWER_S = 30.0
 """How long a worker without work may take to answer."""
+KILL_S = 6.0
+"""How long the process of a worker may outlive it: Ray takes 5 s to kill one that is stopped."""
 SILENT = "it did not answer any more"
 NOTE_AFTER_S = 15.0
 """How long there may be no worker before the user is told."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A piece of work in a worker's hands.
-
-    Attributes:
-        work: which.
-        kind: ``unit``, ``merge``, ``kept`` or ``part``: durations of one kind are alike.
-        reply: will be its receipt.
-        arrays: will be its result, in slices.
-        keep: where the result is kept on storage too.
-        since_s: when the worker got it, or came to it if it had another before.
-        until_s: when the worker is given up if it still has it: nobody waits for the result any more. None if
-            somebody does.
-    """
-
-    work: Work
-    kind: str
-    reply: Ref
-    arrays: list[Ref]
-    keep: str | None = None
-    since_s: float = field(default_factory=time.monotonic)
-    until_s: float | None = None
-
-
-@dataclass(eq=False)
-class Member:
-    """One actor: starting until its place is known; with its jobs in the order in which it got them.
-
-    With two jobs, which of them it computes is not known; most likely the first. ``life`` ends when the actor does, be
-    it at work or not; ``death`` is how, once that is known.
-    """
-
-    handle: Any
-    starting: Ref
-    life: Ref
-    place: Place | None = None
-    death: BaseException | None = None
-    jobs: deque[Job] = field(default_factory=deque)
-
-    def drop(self, job: Job) -> None:
-        """Take a finished job off; the worker comes to the next one now."""
-        first = job is self.jobs[0]
-        self.jobs.remove(job)
-        if first and self.jobs:
-            self.jobs[0].since_s = time.monotonic()
 
 
 class Crew:
@@ -102,9 +59,11 @@ class Crew:
         self._session, self._config, self._facts, self._note, self._decide = session, config, facts, note, decide
         self._members: list[Member] = []
         self._target, self._gpus = 0, 0.0
-        self._looked_s = self._last_seen_s = time.monotonic()
+        self._looked_s = time.monotonic()
+        self._last_seen_s: float | None = None  # when the last worker was ready, or none was wanted
         self._last_death = ""
-        self._failed_starts, self._pause_until_s = 0, 0.0
+        self._starts, self._refused = Starts(), False
+        self._ending: list[Member] = []
         self._waiting_noted = False
 
     @property
@@ -143,9 +102,10 @@ class Crew:
         elif time.monotonic() - self._looked_s > LOOK_S:
             self._looked_s = time.monotonic()
             self._follow(num_workers(self._config, self._gpus))
-        if not self._members:
+            self._give_up_starts()
+        if self._last_seen_s is None:
             self._last_seen_s = time.monotonic()
-        while len(self._members) < self._target and (not self._members or time.monotonic() >= self._pause_until_s):
+        while len(self._members) < self._target and self._may_start():
             self._members.append(self._start())
 
     def any_idle(self, check: Callable[[], None]) -> Member:
@@ -168,12 +128,16 @@ class Crew:
     def expired(self) -> list[Member]:
         """Return the workers that are overdue, by ``runtime.unit_timeout_s`` or with what nobody waits for."""
         now, limit_s = time.monotonic(), self._config.runtime.unit_timeout_s
-        return [
-            member
-            for member in self._members
-            if any(job.until_s is not None and now > job.until_s for job in member.jobs)
-            or (limit_s is not None and member.jobs and now - member.jobs[0].since_s > limit_s)
-        ]
+        return [member for member in self._members if member.is_overdue(now, limit_s)]
+
+    def ending(self) -> list[Member]:
+        """Return the workers that were given up, as long as their processes may still be there."""
+        now = time.monotonic()
+        for member in self._ending:
+            if member.ended_s is None and ray.wait([member.life], timeout=0)[0]:
+                member.ended_s = now
+        self._ending = [m for m in self._ending if m.ended_s is None or now <= m.ended_s + KILL_S]
+        return list(self._ending)
 
     def wait(self, timeout_s: float) -> list[tuple[Member, Job]]:
         """Wait until a worker answers, and return the jobs that are finished and that somebody waits for.
@@ -211,18 +175,19 @@ class Crew:
             return
         self._members.remove(member)
         ray.kill(member.handle)  # it may only be out of reach
+        if not isinstance(error, ray.exceptions.RayError):
+            self._ending.append(member)
         self._last_death = reason(error)
         if member.place is not None:
             self._last_seen_s = time.monotonic()
             self._note(f"lost the worker on {member.place}; starting another")
             return
-        self._failed_starts += 1
-        if self.ready:
-            self._pause_until_s = time.monotonic() + min(MAX_PAUSE_S, 2.0**self._failed_starts)
+        self._starts.failed(member.era, pause=bool(self.ready))
         self._note(f"a worker ended while it started: {self._last_death}")
-        if self._failed_starts >= MAX_FAILED_STARTS and not self.ready:
+        num_failed = self._starts.num_failed
+        if num_failed >= MAX_FAILED_STARTS and not self.ready:
             raise WorkersLostError(
-                f"{self._failed_starts} workers in a row ended while they started. The last one: {self._last_death}. "
+                f"{num_failed} workers in a row ended while they started. The last one: {self._last_death}. "
                 "Check that fisher_ray is installed on every machine, and that there is memory, then run again."
             )
 
@@ -230,7 +195,7 @@ class Crew:
         """End the workers, so that something else can have their places; later work starts new ones."""
         for member in self._members:
             ray.kill(member.handle)
-        self._members = []
+        self._members, self._last_seen_s = [], None
 
     def _follow(self, target: int) -> None:
         """Have as many workers as there is room for now; those that are there are left alone."""
@@ -243,31 +208,51 @@ class Crew:
             self._members.remove(member)
             ray.kill(member.handle)
 
+    def _give_up_starts(self) -> None:
+        """Replace workers that hang while they start, if there is room for more than those that have started."""
+        wait_s = self._config.runtime.wait_s
+        hanging = [m for m in self._members if m.place is None and time.monotonic() - m.since_s > wait_s]
+        if not (hanging and self.ready and fitting(self._config, self._gpus, cluster_resources()) > len(self.ready)):
+            return
+        for member in hanging:
+            self.bury(member, TimeoutError(f"it had not started after {wait_s:.0f} s (runtime.wait_s)"))
+
+    def _may_start(self) -> bool:
+        if not self._members:
+            self._refused = False
+            return True
+        if self._refused and not self.ready:
+            return False  # first, those that start tell whether every place refuses
+        return not self._starts.paused
+
     def _start(self) -> Member:
         options = actor_options(self._config, self._gpus, self._session.worker_environment())
         remote: Any = ray.remote
         handle = (
-            remote(concurrency_groups={LIFE: 1})(Worker)
+            remote(concurrency_groups={LIFE: 2})(Worker)
             .options(max_concurrency=IN_FLIGHT, **options)
             .remote(self._config, self._facts, self._config.runtime.cpus_per_worker, self._gpus > 0)
         )
-        return Member(handle, handle.ready.remote(), handle.live.options(concurrency_group=LIFE).remote())
+        life = handle.live.options(concurrency_group=LIFE).remote()
+        return Member(handle, handle.ready.remote(), life, self._starts.era)
 
     def _welcome(self, member: Member) -> None:
         try:
             place: Any = ray.get(member.starting)
             member.place, member.starting = place, None
-            self._failed_starts = 0
-        except ray.exceptions.RayTaskError as error:
-            if not self.ready:
-                raise_cause(error)
+            self._starts.succeeded()
+            self._refused = False
+        except ray.exceptions.RayTaskError as error:  # other machines may have what this one lacks
+            self._refused = not self.ready
             self.bury(member, error)
+            if not self._members:
+                raise_cause(error)
         except ray.exceptions.RayError as error:
             self.bury(member, error)
 
     def _answers(self, member: Member) -> bool:
         """Ask a worker that is to do a step alone whether it lives, which is not known for a while after its end."""
-        ref = member.handle.ready.remote()
+        ref = member.handle.ready.options(concurrency_group=LIFE).remote()
         came, _ = ray.wait([ref], timeout=ANSWER_S)
         try:
             ray.get(came or ref, timeout=0)
@@ -288,7 +273,7 @@ class Crew:
         if self.ready:
             self._last_seen_s, self._waiting_noted = time.monotonic(), False
             return
-        waited_s = time.monotonic() - self._last_seen_s
+        waited_s = 0.0 if self._last_seen_s is None else time.monotonic() - self._last_seen_s
         if waited_s > NOTE_AFTER_S and not self._waiting_noted:
             self._waiting_noted = True
             self._note(f"waiting for workers: {wanted(self._config, self._gpus)}")

@@ -53,6 +53,10 @@ class Isolation:
         self._tried.add((part.start, part.stop))
         return part
 
+    def tries(self, part: Unit) -> bool:
+        """Whether a part is in somebody's hands who has not come back with it."""
+        return (part.start, part.stop) in self._tried
+
     def passed(self, part: Unit) -> None:
         """Clear the rows of a part."""
         self._tried.discard((part.start, part.stop))

@@ -10,15 +10,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fisher_ray.errors import FisherRayError
-from fisher_ray.records import Receipt
+from fisher_ray.records import Receipt, Unit
 from fisher_ray.runtime.checkpoints import Checkpoints
+from fisher_ray.runtime.member import Member
 from fisher_ray.runtime.schedule import Schedule
+from fisher_ray.runtime.tree import Node
 from fisher_ray.runtime.worker import Merge, Task
 
 STRAGGLER_S = 5.0
 """A piece of work that takes less is never given to a second worker."""
 STRAGGLER_RATIO = 2.0
 """How many times the median duration makes a straggler."""
+
+
+@dataclass(eq=False)
+class Held:
+    """A unit that is taken up again, without some rows, once nobody can write them any more.
+
+    Attributes:
+        node: the unit's.
+        unit: what is left of it.
+        ending: workers that were given up, whose processes may still be there.
+        since_s: when it was found out.
+    """
+
+    node: Node
+    unit: Unit
+    ending: list[Member]
+    since_s: float = field(default_factory=lambda: time.monotonic())
 
 
 @dataclass
@@ -30,12 +49,14 @@ class Pass:
         schedule: what is left to do.
         task: called as ``task(workbench, unit, attempt, **options)``.
         options: plain values.
-        on_receipt: hears of every finished unit, once.
+        on_receipt: hears of every finished unit, once: not again of one whose result was lost.
         merge: called as ``merge(workbench, left, right)``; None adds arrays.
         probe: as the task, for any rows, and without effect; None where rows cannot be looked at by themselves.
         checkpoints: which sums are kept on storage; None for none.
         on_excluded: hears of rows that fail by themselves, without which the pass goes on.
         num_slices: into which every sum is cut.
+        heard: the units whose receipts have been handed on.
+        held: units that wait for the end of workers.
         durations_s: of the last pieces of work, by kind.
         failure: what the pass ends with, once nothing is running.
         failed_s: since when that is known.
@@ -51,6 +72,8 @@ class Pass:
     checkpoints: Checkpoints | None = None
     on_excluded: Callable[[dict[int, str]], None] = lambda rows: None
     num_slices: int = 1
+    heard: set[int] = field(default_factory=set)
+    held: list[Held] = field(default_factory=list)
     durations_s: dict[str, deque[float]] = field(default_factory=dict)
     failure: FisherRayError | None = None
     failed_s: float = 0.0
@@ -58,6 +81,12 @@ class Pass:
     def fail(self, failure: FisherRayError) -> None:
         """Take note that the pass cannot end well; what is under way may end before."""
         self.failure, self.failed_s = failure, time.monotonic()
+
+    def hear(self, receipt: Receipt) -> None:
+        """Hand a receipt on, unless its unit's has been."""
+        if receipt.unit.index not in self.heard:
+            self.heard.add(receipt.unit.index)
+            self.on_receipt(receipt)
 
     def took(self, kind: str, seconds: float) -> None:
         """Take note of how long a piece of work took."""

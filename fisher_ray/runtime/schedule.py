@@ -13,19 +13,7 @@ from typing import Any
 from fisher_ray.errors import DataError, WorkersLostError
 from fisher_ray.records import Unit
 from fisher_ray.runtime.isolation import Isolation
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node of the merge tree: a unit's own result at level 0, a merge of two neighbours above.
-
-    Attributes:
-        level: 0 for units.
-        position: from the left.
-    """
-
-    level: int
-    position: int
+from fisher_ray.runtime.tree import Node, Tree
 
 
 @dataclass(frozen=True)
@@ -47,9 +35,9 @@ Work = Node | Part
 class Schedule:
     """What is to be done, is being done and is finished, for some units and, if wanted, the merges of their results.
 
-    The tree joins neighbours level by level; a last one without a neighbour moves up as it is. So the order of every
-    sum is given by the units alone. Merges come before further units, which keeps few results in memory; parts of
-    units under suspicion come last. The same work may be handed out twice (:meth:`copy`): the first result counts.
+    The order of every sum is given by the units alone, which make the tree. Merges come before further units, which
+    keeps few results in memory; parts of units under suspicion come last. The same work may be handed out twice
+    (:meth:`copy`): the first result counts.
 
     Args:
         units: in order.
@@ -70,12 +58,10 @@ class Schedule:
     ) -> None:
         """See the class."""
         self._units, self._max_attempts, self._merge, self._isolate = list(units), max_attempts, merge, isolate
-        self._widths = [len(self._units)]
-        while self._widths[-1] > 1:
-            self._widths.append(-(-self._widths[-1] // 2))
+        self._tree = Tree(len(self._units))
         self._kept = set(kept)
         self._open = set(self._leaves(self.root)) if self._units else set()
-        self._queue = deque(sorted(self._open, key=self._first_unit))
+        self._queue = deque(sorted(self._open, key=lambda node: node.first_unit))
         self._running: Counter[Work] = Counter()
         self._attempts: Counter[Node] = Counter()
         self._failures: Counter[Node] = Counter()
@@ -90,7 +76,7 @@ class Schedule:
     @property
     def root(self) -> Node:
         """The node of the whole sum."""
-        return Node(len(self._widths) - 1, 0)
+        return self._tree.root
 
     @property
     def finished(self) -> bool:
@@ -122,7 +108,7 @@ class Schedule:
 
     def inputs(self, node: Node) -> tuple[Any, Any]:
         """Return the two results that a merge adds, left first."""
-        left, right = self._children(node)
+        left, right = self._tree.children(node)
         return self._results[left], self._results[right]
 
     def take(self, *, beside: bool = False) -> tuple[Work, int] | None:
@@ -137,16 +123,20 @@ class Schedule:
             return None
         for node, isolation in self._isolations.items():
             if (unit := isolation.take()) is not None:
-                part = Part(node, unit)
-                self._running[part] += 1
-                return part, self._attempts[node]
+                return self.copy(Part(node, unit))
         return None
 
-    def copy(self, node: Node) -> tuple[Node, int]:
+    def copy(self, work: Work) -> tuple[Work, int]:
         """Hand a piece of work out again that somebody is slow at."""
-        self._running[node] += 1
-        self._attempts[node] += 1
-        return node, self._attempts[node]
+        self._running[work] += 1
+        if isinstance(work, Part):
+            return work, self._attempts[work.node]
+        self._attempts[work] += 1
+        return work, self._attempts[work]
+
+    def may_copy(self, work: Work) -> bool:
+        """Whether a piece of work may be handed out again: only one has it, and it is not looked at row by row."""
+        return self._running[work] == 1 and work not in self._isolations and self.wants(work)
 
     def is_alone(self, work: Work) -> bool:
         """Whether whoever has this piece of work is to have no other, so that it is known by what a worker dies."""
@@ -159,10 +149,10 @@ class Schedule:
     def wants(self, work: Work) -> bool:
         """Whether a piece of work is still to be done, of which nobody has brought the result."""
         if isinstance(work, Part):
-            return work.node in self._isolations
+            return work.node in self._isolations and self._isolations[work.node].tries(work.unit)
         if work in self._open:
             return True
-        return not self._is_leaf(work) and all(child in self._results for child in self._children(work))
+        return not self._is_leaf(work) and all(child in self._results for child in self._tree.children(work))
 
     def release(self, work: Work) -> None:
         """Take note that somebody does not have a piece of work any more, or that nobody waits for it from them."""
@@ -182,17 +172,16 @@ class Schedule:
             Whether it is the first of this piece of work.
         """
         self.release(work)
-        if isinstance(work, Part):
-            if work.node in self._isolations:
-                self._isolations[work.node].passed(work.unit)
-            return False
         if not self.wants(work):
+            return False
+        if isinstance(work, Part):
+            self._isolations[work.node].passed(work.unit)
             return False
         self._open.discard(work)
         self._isolations.pop(work, None)
         if work in self._queue:
             self._queue.remove(work)
-        for child in self._children(work):
+        for child in self._tree.children(work):
             self._results.pop(child, None)
         if kept:
             self._kept.add(work)
@@ -203,11 +192,7 @@ class Schedule:
 
     def superseded(self, node: Node) -> list[Node]:
         """Return the nodes below one that were kept on storage, which need not be kept any more."""
-        below = [
-            other
-            for other in self._kept
-            if other.level < node.level and other.position >> (node.level - other.level) == node.position
-        ]
+        below = [other for other in self._kept if node.covers(other)]
         self._kept.difference_update(below)
         return below
 
@@ -218,10 +203,11 @@ class Schedule:
             DataError: if that cannot help.
         """
         self.release(work)
+        if not self.wants(work) or work in self._isolations:
+            return
         if isinstance(work, Part):
-            if work.node in self._isolations:
-                self._isolations[work.node].failed(work.unit, reason)
-        elif self.wants(work) and work not in self._isolations:
+            self._isolations[work.node].failed(work.unit, reason)
+        else:
             self._failures[work] += 1
             if self._failures[work] < self._max_attempts:
                 self._put_back(work)
@@ -254,12 +240,13 @@ class Schedule:
     def returned(self, work: Work) -> None:
         """Put a piece of work back that its worker had not come to."""
         self.release(work)
-        if isinstance(work, Part):
-            if work.node in self._isolations:
-                self._isolations[work.node].returned(work.unit)
-        elif self.wants(work):
+        if not self.wants(work):
+            return
+        if isinstance(work, Node):
             self._attempts[work] -= 1
             self._put_back(work)
+        elif not self._running[work]:
+            self._isolations[work.node].returned(work.unit)
 
     def lost(self, node: Node) -> list[Unit]:
         """Take note that a merge's inputs are gone: their units are computed again, which is no failure of theirs.
@@ -274,7 +261,7 @@ class Schedule:
         if self._losses[node] >= self._max_attempts:
             what = "its inputs were lost with the machines that held them"
             raise self._given_up(node, self._losses[node], what)
-        return [unit for child in self._children(node) for unit in self._forget(child)]
+        return [unit for child in self._tree.children(node) for unit in self._forget(child)]
 
     def lost_result(self) -> list[Unit]:
         """Take note that the whole sum is gone: as :meth:`lost`."""
@@ -303,11 +290,13 @@ class Schedule:
         self._failures[node] = self._deaths[node] = 0
         self._put_back(node)
 
-    def name(self, node: Node) -> str:
-        """Say which piece of work a node is."""
-        if node.level:
-            return f"merging sums (level {node.level}, position {node.position})"
-        unit = self.unit(node)
+    def name(self, work: Work) -> str:
+        """Say which piece of work it is."""
+        if isinstance(work, Part):
+            return f"rows [{work.unit.start}, {work.unit.stop}) of unit {work.unit.index}"
+        if work.level:
+            return f"merging sums (level {work.level}, position {work.position})"
+        unit = self.unit(work)
         return f"unit {unit.index} with rows [{unit.start}, {unit.stop})"
 
     def _is_leaf(self, node: Node) -> bool:
@@ -338,7 +327,7 @@ class Schedule:
     def _forget(self, node: Node) -> list[Unit]:
         self._results.pop(node, None)
         if not self._is_leaf(node):
-            return [unit for child in self._children(node) for unit in self._forget(child)]
+            return [unit for child in self._tree.children(node) for unit in self._forget(child)]
         self._open.add(node)
         self._queue.appendleft(node)
         return [] if node in self._kept else [self.unit(node)]
@@ -347,27 +336,15 @@ class Schedule:
         """Return the nodes below one whose results are had without merging."""
         if self._is_leaf(node):
             return [node]
-        return [leaf for child in self._children(node) for leaf in self._leaves(child)]
-
-    def _first_unit(self, node: Node) -> int:
-        return node.position << node.level
-
-    def _children(self, node: Node) -> tuple[Node, ...]:
-        if not node.level:
-            return ()
-        width = self._widths[node.level - 1]
-        first = 2 * node.position
-        return tuple(Node(node.level - 1, position) for position in range(first, min(first + 2, width)))
+        return [leaf for child in self._tree.children(node) for leaf in self._leaves(child)]
 
     def _lift(self, node: Node) -> None:
         """Move a result without a neighbour up until it has one, and see whether they can be merged."""
-        while node.level + 1 < len(self._widths) and node.position == self._widths[node.level] - 1:
-            if node.position % 2 == 1:
-                break
-            above = Node(node.level + 1, node.position // 2)
+        while self._tree.moves_up(node) and (above := self._tree.above(node)) is not None:
             self._results[above] = self._results.pop(node)
             node = above
-        if node.level + 1 < len(self._widths):
-            above = Node(node.level + 1, node.position // 2)
-            if all(child in self._results for child in self._children(above)) and not self._running[above]:
-                self._ready.append(above)
+        above = self._tree.above(node)
+        if above is None or self._running[above]:
+            return
+        if all(child in self._results for child in self._tree.children(above)):
+            self._ready.append(above)

@@ -18,7 +18,9 @@ from fisher_ray.store.zarr_group import metadata_files
 CHUNK_BYTES = 64 * 2**20
 
 
-def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+def save_arrays(
+    url: str, arrays: dict[str, np.ndarray], attributes: dict[str, Any], *, leftovers: bool = False
+) -> None:
     """Write a sealed group; the same input gives the same files. A group of this program at ``url`` is replaced.
 
     One that is sealed with the same content stays sealed, and only what has changed of it is written, so that a second
@@ -28,6 +30,8 @@ def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, A
         url: a local path or ``s3://``.
         arrays: by name, any shape, of booleans, integers or floats; stored in their own type, uncompressed.
         attributes: JSON values.
+        leftovers: whether files without a group are written over: where nobody else ever writes, they are left from a
+            writer who came late to a group that was being removed.
 
     Raises:
         StoreError: if an array or attribute cannot be stored, or ``url`` holds something else.
@@ -41,7 +45,7 @@ def save_arrays(url: str, arrays: dict[str, np.ndarray], attributes: dict[str, A
         _seal(storage, layouts, arrays, files, _mend)
         return
     if sealed is not None or root != files[ROOT]:
-        _clear(storage)
+        _clear(storage, leftovers)
     storage.write_bytes(SEAL, _seal(storage, layouts, arrays, files, Storage.write_bytes))
 
 
@@ -110,10 +114,10 @@ def _layout(name: str, value: np.ndarray) -> Layout:
     return layout
 
 
-def _clear(storage: Storage) -> None:
+def _clear(storage: Storage, leftovers: bool) -> None:
     """Remove the group of this program that is there: its seal first, so that no half of it is ever believed."""
     if not storage.exists(ROOT):
-        return _clear_beginnings(storage)
+        return None if leftovers else _clear_beginnings(storage)
     own, _, _ = read_root(storage)
     if own["kind"] != "arrays":
         raise StoreError(f"{storage.url} is a feature store, which is not overwritten. Give another place.")

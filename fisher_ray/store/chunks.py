@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
+import crc32c
 import numpy as np
 from numcodecs.blosc import Blosc  # type: ignore[import-untyped]
 from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
@@ -29,9 +29,10 @@ ABSENT = 2**64 - 1
 """What a shard's index says of a chunk that is not there."""
 
 
-def crc32c(data: Bytes | np.ndarray) -> int:
-    """Return the CRC-32C (Castagnoli) of bytes."""
-    return int(google_crc32c.value(np.frombuffer(data, np.uint8)))  # which takes arrays, but no memoryview
+def checksum(data: Bytes | np.ndarray, before: int = 0) -> int:
+    """Return the CRC-32C (Castagnoli) of bytes, or of those with the checksum ``before`` and these behind them."""
+    given: Any = data  # any buffer
+    return int(crc32c.crc32c(given, before))  # other threads go on meanwhile
 
 
 def new_chunk(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,7 @@ def seal_chunk(layout: Layout, raw: np.ndarray) -> Bytes:
         else:
             packed = Blosc(**BLOSC, shuffle=Blosc.SHUFFLE).encode(body.view(_stored_dtype(layout)))
         raw = np.frombuffer(packed + bytes(CHECKSUM_BYTES), np.uint8).copy()
-    raw[-CHECKSUM_BYTES:].view("<u4")[:] = crc32c(raw[:-CHECKSUM_BYTES])
+    raw[-CHECKSUM_BYTES:].view("<u4")[:] = checksum(raw[:-CHECKSUM_BYTES])
     return raw.data
 
 
@@ -64,7 +65,7 @@ def entry(key: str, data: Bytes, chunks: int | None = None) -> dict[str, Any]:
     size = {"key": key, "size": len(data)}
     if chunks is not None:
         return {**size, "crc32c": _shard_checksum(data, chunks), "chunks": chunks}
-    return {**size, "crc32c": crc32c(data) if key.endswith(ROOT) else _own_checksum(data)}
+    return {**size, "crc32c": checksum(data) if key.endswith(ROOT) else _own_checksum(data)}
 
 
 def is_intact(item: dict[str, Any], data: Bytes) -> bool:
@@ -74,10 +75,10 @@ def is_intact(item: dict[str, Any], data: Bytes) -> bool:
     every chunk that ends in its own CRC-32C, and so would not tell one from another.
     """
     if item["key"].endswith(ROOT):
-        return bool(crc32c(data) == item["crc32c"])
+        return bool(checksum(data) == item["crc32c"])
     if item.get("chunks") is not None:
         return _is_intact_shard(item, data)
-    return bool(crc32c(data[:-CHECKSUM_BYTES]) == _own_checksum(data) == item["crc32c"])
+    return bool(checksum(data[:-CHECKSUM_BYTES]) == _own_checksum(data) == item["crc32c"])
 
 
 def seal_shard(layout: Layout, chunks: list[Bytes]) -> bytes:
@@ -87,7 +88,7 @@ def seal_shard(layout: Layout, chunks: list[Bytes]) -> bytes:
     index[: len(chunks), 1] = sizes
     index[: len(chunks), 0] = np.cumsum(sizes) - sizes
     raw = index.tobytes()
-    return b"".join([*chunks, raw, crc32c(raw).to_bytes(CHECKSUM_BYTES, "little")])
+    return b"".join([*chunks, raw, checksum(raw).to_bytes(CHECKSUM_BYTES, "little")])
 
 
 def read_file(storage: Storage, layout: Layout, file: int, chunks: range) -> list[np.ndarray]:
@@ -98,12 +99,45 @@ def read_file(storage: Storage, layout: Layout, file: int, chunks: range) -> lis
         StorageError: if storage does not answer.
     """
     key = layout.key(file)
+    if is_plain(layout):
+        body = np.empty(layout.chunk_bytes, np.uint8)
+        read_chunk(storage, layout, file, body)
+        return [body.view(_stored_dtype(layout)).reshape(layout.chunk_shape)]
     try:
         if layout.shard_rows is None:
             return [_decode(storage.url, layout, key, storage.read_array(key))]
         return _read_shard(storage, layout, file, chunks)
     except FileNotFoundError:
-        raise StoreError(f"{storage.url}: chunk {key} is missing. Restore it, or write the store again.") from None
+        raise _missing(storage, key) from None
+
+
+def is_plain(layout: Layout) -> bool:
+    """Whether each chunk is a file of its own that begins with the values as they are."""
+    return layout.shard_rows is None and layout.codec == "none"
+
+
+def read_chunk(storage: Storage, layout: Layout, chunk: int, target: np.ndarray) -> None:
+    """Read the values of a chunk that :func:`is_plain` into ``target``, uint8 ``(layout.chunk_bytes,)``.
+
+    Raises:
+        StoreError: if the chunk is missing or its bytes changed.
+        StorageError: if storage does not answer.
+    """
+    key = layout.key(chunk)
+    try:
+        found, rest = storage.read_into(key, target, lambda before, block: checksum(block, before))
+    except FileNotFoundError:
+        raise _missing(storage, key) from None
+    if rest != found.to_bytes(CHECKSUM_BYTES, "little"):
+        raise _corrupt(storage.url, key)
+
+
+def _missing(storage: Storage, key: str) -> StoreError:
+    return StoreError(f"{storage.url}: chunk {key} is missing. Restore it, or write the store again.")
+
+
+def _corrupt(url: str, key: str) -> StoreError:
+    return StoreError(f"{url}: chunk {key} is corrupt (CRC-32C). Restore it, or write the store again.")
 
 
 def _read_shard(storage: Storage, layout: Layout, file: int, chunks: range) -> list[np.ndarray]:
@@ -130,7 +164,7 @@ def _index_bytes(chunks: int) -> int:
 
 def _index(raw: Bytes, chunks: int, present: int) -> np.ndarray | None:
     """Return a shard's index, ``(present, 2)``: offsets and sizes, one after the other; None if it is not whole."""
-    if len(raw) != _index_bytes(chunks) or crc32c(raw[:-CHECKSUM_BYTES]) != _own_checksum(raw):
+    if len(raw) != _index_bytes(chunks) or checksum(raw[:-CHECKSUM_BYTES]) != _own_checksum(raw):
         return None
     index = np.frombuffer(raw[:-CHECKSUM_BYTES], "<u8").reshape(chunks, 2)
     used, rest = index[:present], index[present:]
@@ -157,7 +191,7 @@ def _shard_checksum(data: Bytes, chunks: int) -> int:
         return -1  # of nothing that is stored
     index, tail = found
     own = b"".join(bytes(data[int(offset + size) - CHECKSUM_BYTES : int(offset + size)]) for offset, size in index)
-    return crc32c(own + bytes(tail))
+    return checksum(own + bytes(tail))
 
 
 def _is_intact_shard(item: dict[str, Any], data: Bytes) -> bool:
@@ -165,13 +199,13 @@ def _is_intact_shard(item: dict[str, Any], data: Bytes) -> bool:
     if found is None or _shard_checksum(data, item["chunks"]) != item["crc32c"]:
         return False
     parts = [data[int(offset) : int(offset + size)] for offset, size in found[0]]
-    return all(crc32c(part[:-CHECKSUM_BYTES]) == _own_checksum(part) for part in parts)
+    return all(checksum(part[:-CHECKSUM_BYTES]) == _own_checksum(part) for part in parts)
 
 
 def _decode(url: str, layout: Layout, key: str, raw: np.ndarray) -> np.ndarray:
     body = raw[:-CHECKSUM_BYTES]
-    if len(raw) < CHECKSUM_BYTES or crc32c(body) != _own_checksum(raw.data):
-        raise StoreError(f"{url}: chunk {key} is corrupt (CRC-32C). Restore it, or write the store again.")
+    if len(raw) < CHECKSUM_BYTES or checksum(body) != _own_checksum(raw.data):
+        raise _corrupt(url, key)
     try:
         unpacked = body if layout.codec == "none" else (Zstd() if layout.codec == "zstd" else Blosc()).decode(body)
     except (RuntimeError, ValueError) as error:

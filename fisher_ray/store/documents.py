@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
-from fisher_ray.store.chunks import crc32c
+from fisher_ray.store.chunks import checksum
 from fisher_ray.store.layout import ATTRIBUTE, ROOT, SCHEMA, SEAL, Layout
 from fisher_ray.store.schema import Own, Seal, fault_of
 
@@ -33,7 +33,7 @@ def unpack(raw: bytes) -> dict[str, Any] | None:
 
 def fingerprint(content: dict[str, Any]) -> int:
     """Return the CRC-32C of ``content`` as JSON."""
-    return crc32c(_dump(content))
+    return checksum(_dump(content))
 
 
 def plain(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def read_sealed(storage: Storage) -> tuple[dict[str, Any], dict[str, Any], dict[
     """
     own, attributes, raw = read_root(storage)
     sealed = read_seal(storage)
-    if sealed is not None and {item["key"]: item["crc32c"] for item in sealed["files"]}.get(ROOT) != crc32c(raw):
+    if sealed is not None and {item["key"]: item["crc32c"] for item in sealed["files"]}.get(ROOT) != checksum(raw):
         raise StoreError(f"{storage.url}: {ROOT} changed since it was sealed. Restore it, or write the store again.")
     return own, attributes, sealed
 

@@ -16,8 +16,9 @@ from fisher_ray.prefetch import prefetch
 from fisher_ray.storage import Storage
 from fisher_ray.store.batches import Batches
 from fisher_ray.store.bfloat import from_bfloat16
-from fisher_ray.store.chunks import read_file
+from fisher_ray.store.chunks import is_plain, read_chunk, read_file
 from fisher_ray.store.documents import each, read_layouts, read_sealed
+from fisher_ray.store.halves import multiply_from_half
 from fisher_ray.store.layout import BFLOAT16, SEAL, Layout
 from fisher_ray.store.seal import manifest_units, read_manifests
 
@@ -174,6 +175,11 @@ def _copy_file(
 ) -> None:
     held = layout.chunks(file)
     chunks = range(max(held.start, wanted.start), min(held.stop, wanted.stop))
+    first, size = file * layout.chunk_rows, layout.chunk_rows
+    whole = first >= start and first + size <= start + len(out)
+    if whole and is_plain(layout) and scale == 1.0 and out.dtype == layout.stored_dtype:
+        read_chunk(storage, layout, file, out[first - start : first - start + size].reshape(-1).view(np.uint8))
+        return
     for chunk, stored in zip(chunks, read_file(storage, layout, file, chunks), strict=True):
         _copy_chunk(layout, out, start, scale, chunk, stored)
 
@@ -183,6 +189,9 @@ def _copy_chunk(layout: Layout, out: np.ndarray, start: int, scale: float, chunk
     low, high = max(start, first), min(start + len(out), first + len(stored))
     target = out[low - start : high - start]
     part = stored[low - first : high - first]
+    if layout.dtype == "float16" and target.dtype == np.float32:
+        multiply_from_half(part, scale, target)
+        return
     if layout.dtype == BFLOAT16 and target.dtype.kind == "f":
         part = from_bfloat16(part)
     np.copyto(target, part, casting="unsafe")

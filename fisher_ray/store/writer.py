@@ -12,6 +12,7 @@ from fisher_ray.storage import Bytes, Storage
 from fisher_ray.store.bfloat import from_bfloat16, to_bfloat16
 from fisher_ray.store.chunks import entry, new_chunk, seal_chunk, seal_shard
 from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root
+from fisher_ray.store.halves import divide_to_half, is_finite
 from fisher_ray.store.layout import (
     ATTRIBUTE,
     BFLOAT16,
@@ -87,6 +88,7 @@ def write_unit(url: str, unit: Unit, arrays: dict[str, np.ndarray], *, attempt: 
         )
         for name, layout in layouts.items()
     }
+    storage.settle(str(item["key"]) for items in entries.values() for item in items)  # before the manifest says so
     reasons = {str(row): str(reason) for row, reason in skipped.items()}
     rows = {"unit": unit.index, "start": unit.start, "stop": unit.stop}
     manifest = pack({**rows, "attempt": attempt, "arrays": entries, "skipped": reasons})
@@ -116,7 +118,7 @@ class _Writer:
         chunks = [self._chunk(chunk) for chunk in layout.chunks(file)]
         sharded = layout.shard_rows is not None
         data = seal_shard(layout, chunks) if sharded else chunks[0]
-        self.storage.write_bytes(key, data)
+        self.storage.write_bytes(key, data, settle=False)
         return entry(key, data, layout.chunks_a_file if sharded else None)
 
     def _chunk(self, chunk: int) -> Bytes:
@@ -137,12 +139,16 @@ class _Writer:
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):  # what does not fit is found below
             if self.layout.dtype == BFLOAT16:
                 stored[...] = to_bfloat16(values.astype(np.float32, copy=False))
+            elif stored.dtype == np.float16 and values.dtype in (np.float16, np.float32):
+                divide_to_half(values, self.layout.scale, stored)
             elif self.layout.scale == 1.0:
                 np.copyto(stored, values, casting="same_kind")
             else:
                 np.divide(values, self.layout.scale, out=stored, casting="same_kind", dtype=_working_dtype(values))
         if self.layout.dtype == BFLOAT16:
             fits = np.isfinite(from_bfloat16(stored))
+        elif stored.dtype == np.float16 and is_finite(stored):
+            return
         else:
             fits = np.isfinite(stored) if stored.dtype.kind == "f" else stored == values
         if not fits.all():

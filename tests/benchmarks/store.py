@@ -43,12 +43,13 @@ def write_store(url: str, values: list[np.ndarray]) -> None:
     seal(url, UNITS)
 
 
-def read_store(url: str, *, raw: bool) -> None:
-    """Read a store a unit at a time."""
+def read_store(url: str, *, raw: bool, where: str = "local") -> None:
+    """Read a store a chunk at a time, in as many threads as the files beside it."""
     store = open_features(url)
     read = store.read_raw if raw else store.read
-    for number in range(UNITS):
-        read("features", number * UNIT_ROWS, (number + 1) * UNIT_ROWS)
+    with ThreadPoolExecutor(CONCURRENCY[where]) as threads:
+        spans = range(0, UNITS * UNIT_ROWS, CHUNK_ROWS)
+        list(threads.map(lambda first: len(read("features", first, first + CHUNK_ROWS)), spans))
 
 
 def write_plain(folder: Path, values: list[np.ndarray]) -> None:
@@ -69,7 +70,7 @@ def read_plain(folder: Path) -> None:
     """Read them."""
 
     def read(path: Path) -> None:
-        np.fromfile(path, np.uint8)
+        len(np.fromfile(path, np.uint8))
 
     with ThreadPoolExecutor(CONCURRENCY["local"]) as threads:
         list(threads.map(read, sorted(folder.iterdir())))
@@ -93,7 +94,8 @@ def write_objects(files: Any, url: str, values: list[np.ndarray]) -> None:
 def read_objects(files: Any, url: str) -> None:
     """Read them."""
     with ThreadPoolExecutor(CONCURRENCY["s3"]) as threads:
-        list(threads.map(files.cat_file, [f"{url}/{number}" for number in range(UNITS * UNIT_ROWS // CHUNK_ROWS)]))
+        names = [f"{url}/{number}" for number in range(UNITS * UNIT_ROWS // CHUNK_ROWS)]
+        list(threads.map(lambda name: len(files.cat_file(name)), names))
 
 
 def compare(what: str, num_bytes: int, rounds: int, ways: dict[str, Callable[[], Any]]) -> None:
@@ -172,7 +174,7 @@ def main() -> None:
         compare("S3 write", num_bytes, given.rounds, write_s3)
         read_s3 = {
             "s3fs": lambda: read_objects(files, f"{url}/plain"),
-            "store, as stored": lambda: read_store(f"{url}/s", raw=True),
+            "store, as stored": lambda: read_store(f"{url}/s", raw=True, where="s3"),
         }
         compare("S3 read", num_bytes, given.rounds, read_s3)
 

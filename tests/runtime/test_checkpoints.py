@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fisher_ray.runtime.checkpoints import Checkpoints, remove_checkpoints
-from fisher_ray.runtime.schedule import Node
+from fisher_ray.runtime.tree import Node
 from fisher_ray.storage import Storage
 from fisher_ray.store import load_arrays, save_arrays
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,58 +16,18 @@ import ray
 from fisher_ray.data import plan_units
 from fisher_ray.errors import ConfigError, DataError, WorkersLostError
 from fisher_ray.records import Receipt, Unit
-from fisher_ray.runtime import Checkpoints, Crew, Pool, Session, passing, pool
-from fisher_ray.runtime.pool import Sum
-from fisher_ray.runtime.slices import join
+from fisher_ray.runtime import Checkpoints
 from fisher_ray.storage import Storage
 from tests.integration.processes import wait_for
-from tests.integration.runs import digits
+from tests.runtime.crews import count, failing, rows, whole, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-
-
-@contextmanager
-def workers(output: Path, *overrides: str, notes: list[str] | None = None) -> Iterator[Pool]:
-    config = digits(output, "runtime.num_workers=2", *overrides)
-    note = (notes if notes is not None else []).append
-    with closing(Session()) as session, closing(Crew(session, config, None, note, lambda _, value: value)) as crew:
-        yield Pool(crew, config, note, lambda: None)
-
-
-def whole(total: Sum) -> dict[str, np.ndarray]:
-    """The sum's arrays, which only tests bring to the driver."""
-    return join(ray.get(total.refs))
-
-
-def rows(bench: Any, unit: Unit, attempt: int, *, folder: str) -> tuple[Receipt, dict[str, np.ndarray]]:
-    """The sum of the unit's rows, and a file that says that it was computed."""
-    wanted = [row for row in range(unit.start, unit.stop) if row not in dict(unit.excluded)]
-    Path(folder, f"{unit.start}-{unit.stop}-{attempt}-{os.getpid()}").touch()
-    total = float(sum(wanted))
-    return Receipt(unit, attempt, skipped=dict(unit.excluded)), {
-        "sum": np.array(total),
-        "matrix": np.outer(np.arange(1.0, 6), [1, total]),
-    }
-
-
-def hanging_first(bench: Any, unit: Unit, attempt: int, *, folder: str) -> tuple[Receipt, Any]:
-    """As :func:`rows`; but the first unit's first attempt waits for a file."""
-    while unit.start == 0 and attempt == 1 and not Path(folder, "go").exists():
-        time.sleep(0.05)
-    return rows(bench, unit, attempt, folder=folder)
 
 
 def deadly(bench: Any, unit: Unit, attempt: int, *, folder: str, poison: list[int]) -> tuple[Receipt, Any]:
     """As :func:`rows`; but a poisonous row ends the process."""
     if set(poison) & set(range(unit.start, unit.stop)) - set(dict(unit.excluded)):
         os._exit(1)
-    return rows(bench, unit, attempt, folder=folder)
-
-
-def failing(bench: Any, unit: Unit, attempt: int, *, folder: str, poison: list[int]) -> tuple[Receipt, Any]:
-    """As :func:`rows`; but a poisonous row is an error that names nothing."""
-    if set(poison) & set(range(unit.start, unit.stop)) - set(dict(unit.excluded)):
-        raise ZeroDivisionError("division by zero")
     return rows(bench, unit, attempt, folder=folder)
 
 
@@ -109,96 +66,6 @@ def test_one_unit_is_read_while_another_is_computed(tmp_path):
     assert sum(overlapping) >= 4
     turns = sorted((begin, end) for _, begin, end in spans)
     assert all(earlier[1] <= later[0] for earlier, later in pairwise(turns))
-
-
-def test_a_straggler_is_run_twice_and_its_worker_given_up_if_it_stays_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(passing, "STRAGGLER_S", 1.0)
-    monkeypatch.setattr(pool, "LEFTOVER_S", 1.0)
-    heard: list[int] = []
-    notes: list[str] = []
-    with workers(tmp_path / "run", notes=notes) as given:
-        units = plan_units(12, 1)
-        given.map(
-            "features", hanging_first, units, lambda receipt: heard.append(receipt.unit.index), folder=str(tmp_path)
-        )
-        assert sorted(heard) == list(range(12))
-        assert [note for note in notes if "is slow at unit 0 with rows [0, 1); run twice" in note]
-        while not any(note.startswith("lost the worker on") for note in notes):
-            given.map("features", rows, units, lambda _: None, folder=str(tmp_path))
-        (tmp_path / "go").touch()
-
-
-def stopping(bench: Any, unit: Unit, attempt: int, *, folder: str) -> tuple[Receipt, Any]:
-    """As :func:`rows`; but the first unit's first attempt stops its process, and with it whatever else that has."""
-    if unit.start == 0 and attempt == 1:
-        Path(folder, "stopped").write_text(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(0.1)
-    return rows(bench, unit, attempt, folder=folder)
-
-
-def test_both_units_of_a_worker_that_hangs_are_run_by_others_and_it_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(passing, "STRAGGLER_S", 1.0)
-    monkeypatch.setattr(pool, "LEFTOVER_S", 2.0)
-    heard: list[int] = []
-    notes: list[str] = []
-    with workers(tmp_path / "run", notes=notes) as given:
-        units = plan_units(12, 1)
-        given.map("features", stopping, units, lambda receipt: heard.append(receipt.unit.index), folder=str(tmp_path))
-        assert sorted(heard) == list(range(12))
-        os.kill(int((tmp_path / "stopped").read_text()), signal.SIGCONT)
-        slow = [note for note in notes if "run twice" in note]
-        assert len(slow) == len(set(slow)) == 2
-
-
-def slowly(bench: Any, left: dict[str, Any], right: dict[str, Any], *, folder: str) -> dict[str, Any]:
-    """Adds; but the first of all merges waits for a file."""
-    with suppress(FileExistsError):
-        Path(folder, "first").touch(exist_ok=False)
-        while not Path(folder, "go").exists():
-            time.sleep(0.05)
-    return {name: value + right[name] for name, value in left.items()}
-
-
-def test_a_merge_that_hangs_is_run_by_another_and_its_worker_free_again_when_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(passing, "STRAGGLER_S", 1.0)
-    notes: list[str] = []
-    with workers(tmp_path / "run", notes=notes) as given:
-        merge = partial(slowly, folder=str(tmp_path))
-        total = given.reduce("metric", rows, plan_units(3, 1), lambda _: None, merge=merge, folder=str(tmp_path))
-        assert whole(total)["sum"] == 3
-        assert len([note for note in notes if "is slow at merging sums" in note]) == 1
-        (tmp_path / "go").touch()
-        crew = given._crew
-        wait_for(lambda: (crew.wait(0.1), all(not member.jobs for member in crew.members))[1], 30, "the first's end")
-        assert given.solo(count, total, threads=1) == 2
-
-
-def endless(bench: Any, unit: Unit, attempt: int, *, folder: str, poison: list[int]) -> tuple[Receipt, Any]:
-    """As :func:`rows`; but a poisonous row takes for ever."""
-    while set(poison) & set(range(unit.start, unit.stop)) - set(dict(unit.excluded)):
-        time.sleep(0.1)
-    return rows(bench, unit, attempt, folder=folder)
-
-
-def test_a_row_that_takes_for_ever_is_found_where_units_have_a_limit(tmp_path):
-    asked = ["data.on_error=skip", "runtime.max_attempts=1", "runtime.unit_timeout_s=1.5"]
-    excluded: dict[int, str] = {}
-    with workers(tmp_path / "run", *asked) as given:
-        total = whole(
-            given.reduce(
-                "metric", endless, plan_units(8, 4), lambda _: None, probe=endless, on_excluded=excluded.update,
-                folder=str(tmp_path), poison=[6],
-            )
-        )  # fmt: skip
-    assert total["sum"] == sum(range(8)) - 6
-    assert [*excluded] == [6]
-    assert "did not answer" in excluded[6]
-
-
-def count(bench: Any, sums: dict[str, np.ndarray]) -> int:
-    """How many arrays there are."""
-    return len(sums)
 
 
 def test_workers_that_die_without_work_are_noticed_and_replaced(tmp_path):

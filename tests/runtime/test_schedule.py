@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, StoppedError, WorkersLostError
 from fisher_ray.records import Unit
-from fisher_ray.runtime.schedule import Node, Part, Schedule
+from fisher_ray.runtime.schedule import Part, Schedule
+from fisher_ray.runtime.tree import Node
 
 
 def work_through(
@@ -155,6 +156,27 @@ def test_a_unit_under_suspicion_may_fail_once_more_in_other_hands(how):
     getattr(schedule, how)(node, "second")
     part, _ = schedule.take()
     assert part == Part(node, Unit(0, 0, 4))
+
+
+def test_a_part_that_two_have_is_handed_out_again_when_neither_has_it():
+    schedule = Schedule([Unit(0, 0, 8)], 1, merge=True, isolate=True)
+    node, _ = schedule.take()
+    schedule.failed(node, "no")
+    part, _ = schedule.take()
+    assert schedule.may_copy(part)
+    assert schedule.copy(part) == (part, 1)
+    assert not schedule.may_copy(part)
+    schedule.returned(part)
+    assert schedule.take()[0].unit == Unit(0, 4, 8)
+    assert schedule.take() is None
+    schedule.returned(part)
+    assert schedule.take()[0] == part
+    assert not schedule.may_copy(node)
+    schedule.copy(part)
+    schedule.failed(part, "no")
+    schedule.died(part, "late")
+    assert [schedule.take()[0].unit for _ in range(2)] == [Unit(0, 0, 2), Unit(0, 2, 4)]
+    assert schedule.take() is None
 
 
 def test_a_row_is_not_blamed_for_one_machine_that_was_lost():

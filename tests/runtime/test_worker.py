@@ -38,8 +38,12 @@ def test_a_merge_of_its_own_gets_the_workbench(refs):
     assert merged == {"given": (worker._bench, {"a": 1}, {"a": 2})}
 
 
+@pytest.mark.parametrize("late", [None, "a/c/0", "b/c/0/0"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_what_is_kept_is_read_back_as_it_was(number, refs, tmp_path):
+def test_what_is_kept_is_read_back_as_it_was(number, late, refs, tmp_path):
+    if late is not None:  # of a sum that was removed while its second writer was at it
+        (tmp_path / "sum.zarr" / late).parent.mkdir(parents=True)
+        (tmp_path / "sum.zarr" / late).write_bytes(b"late")
     left, right = {"a": np.arange(3.0)}, {"a": np.full(3, 0.1)}
     *merged, _ = a_worker().merge(None, cut(left, number), cut(right, number), str(tmp_path / "sum.zarr"))
     *restored, _ = a_worker().restore(str(tmp_path / "sum.zarr"), number)

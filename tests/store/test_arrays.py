@@ -137,6 +137,26 @@ def test_a_place_that_holds_something_else_is_refused_untouched(tmp_path, store)
         assert snapshot(url) == before
 
 
+@pytest.mark.parametrize("left", ["eigvals/c/0", "older/c/0/0", "zarr.json.partial", "notes.txt"])
+def test_what_a_late_writer_left_is_written_over_only_where_nobody_else_writes(tmp_path, left):
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_bytes(b"late")
+    if not left.endswith(".partial"):
+        with pytest.raises(StoreError, match="not empty"):
+            save_arrays(str(tmp_path), SOME, {})
+        assert (tmp_path / left).read_bytes() == b"late"
+    save_arrays(str(tmp_path), SOME, {}, leftovers=True)
+    loaded, _ = load_arrays(str(tmp_path))
+    assert {name: value.tobytes() for name, value in loaded.items()} == {
+        name: np.asarray(value).tobytes() for name, value in SOME.items()
+    }
+
+
+def test_a_feature_store_is_not_written_over_as_leftovers(store):
+    with pytest.raises(StoreError, match="not overwritten"):
+        save_arrays(store.url, SOME, {}, leftovers=True)
+
+
 @pytest.mark.parametrize("value", [np.array(["text"]), np.array([object()]), np.array([1j])])
 def test_arrays_that_cannot_be_stored_are_refused_before_anything_is_written(tmp_path, value):
     with pytest.raises(StoreError, match="dtype"):
