@@ -10,6 +10,7 @@ from fisher_ray.config import SourceConfig
 from fisher_ray.data.arrays import ArraySource, load_numpy
 from fisher_ray.data.map_style import MapStyleSource
 from fisher_ray.data.parquet import ParquetSource
+from fisher_ray.data.ranges import find_objects, is_url
 from fisher_ray.data.source import Source, Transform
 from fisher_ray.errors import ConfigError, FisherRayError
 from fisher_ray.plugins import load_reference
@@ -37,7 +38,12 @@ def open_source(config: SourceConfig, *, root: str, transform: str | None, key: 
     if config.format == "parquet":
         return ParquetSource(_find(root, path, key), config.rows, key, function)
     if config.format == "numpy":
-        place = _local(root, path, key)
+        place = _join(root, path)
+        if is_url(place):
+            raise ConfigError(
+                f"{key}.path: {place} is a URL; format numpy reads local files. Mount or copy it on every node, or use "
+                "format zarr."
+            )
         return ArraySource(place, load_numpy(place, key), config.rows, key, function)
     return _open_zarr(_join(root, path), config, key, function)
 
@@ -70,27 +76,17 @@ def _make(reference: str, kwargs: dict[str, Any], key: str) -> Any:
         ) from error
 
 
-def _is_url(path: str) -> bool:
-    return "://" in path
-
-
 def _join(root: str, path: str) -> str:
-    return path if _is_url(path) else os.path.join(root, path)
-
-
-def _local(root: str, path: str, key: str) -> str:
-    place = _join(root, path)
-    if _is_url(place):
-        raise ConfigError(
-            f"{key}.path: {place} is a URL; formats parquet and numpy read local files. "
-            "Mount or copy it on every node, or use format zarr."
-        )
-    return place
+    return path if is_url(path) else os.path.join(root, path)
 
 
 def _find(root: str, path: str, key: str) -> list[str]:
     """Return the files that ``path``, a file or a pattern, names under ``root``, sorted."""
-    place = _local(root, path, key)
+    place = _join(root, path)
+    if is_url(place):
+        if not (found := find_objects(place)):
+            raise ConfigError(f"{key}.path: no object matches {place}. Correct the path or pattern, or data.root.")
+        return found
     if os.path.isdir(place):
         raise ConfigError(f"{key}.path: {place} is a folder. Give a file or a pattern, such as {place}/*.parquet.")
     if os.path.exists(place):  # before patterns: a name may contain their characters

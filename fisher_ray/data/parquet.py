@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fisher_ray.data.ranges import file_size, open_file
 from fisher_ray.data.source import Source, Transform, select_rows
 from fisher_ray.errors import DataError, StorageError
 
@@ -61,7 +62,9 @@ class ParquetSource(Source):
         digest = hashlib.sha256(f"parquet {self._rows.start} {self._rows.stop}".encode())
         for path in self._paths:
             footer = _footer_bytes(path, self.key)
-            digest.update(f"\n{os.path.basename(path)} {os.path.getsize(path)} {len(footer)}\n".encode())
+            with _reading(path, self.key):
+                size = file_size(path)
+            digest.update(f"\n{os.path.basename(path)} {size} {len(footer)}\n".encode())
             digest.update(footer)
         return digest.hexdigest()
 
@@ -91,7 +94,7 @@ class ParquetSource(Source):
             if begin >= end:
                 continue
             columns = [self._columns[i], "label"] if images else ["label"]
-            with _reading(path, self.key), pq.ParquetFile(path, metadata=footer) as file:
+            with _reading(path, self.key), open_file(path) as stored, pq.ParquetFile(stored, metadata=footer) as file:
                 yield from _read_file(file, begin, end, columns)
 
     def decode(self, raw: tuple[bytes | None, int | None]) -> tuple[Image.Image, int | None]:
@@ -152,12 +155,12 @@ def _read_group(file: Any, group: int, wanted: range, columns: list[str]) -> Ite
 
 
 def _footer(path: str, key: str) -> Any:
-    with _reading(path, key):
-        return pq.read_metadata(path)
+    with _reading(path, key), open_file(path) as file:
+        return pq.read_metadata(file)
 
 
 def _footer_bytes(path: str, key: str) -> bytes:
-    with _reading(path, key), open(path, "rb") as file:
+    with _reading(path, key), open_file(path) as file:
         file.seek(-_FOOTER_TAIL_BYTES, os.SEEK_END)
         num_bytes = int.from_bytes(file.read(4), "little")
         file.seek(-_FOOTER_TAIL_BYTES - num_bytes, os.SEEK_END)

@@ -8,7 +8,9 @@ import pytest
 from fisher_ray.config import SourceConfig
 from fisher_ray.data import load_batches, open_source
 from fisher_ray.errors import ConfigError, DataError, StorageError
+from fisher_ray.storage import Storage
 from tests.data.files import open_parquet, picture, value_of, write_numbered, write_parquet
+from tests.s3_server import S3Server, make_bucket, set_environment
 
 
 @pytest.mark.parametrize("struct", [True, False], ids=["struct", "bytes"])
@@ -109,10 +111,80 @@ def test_a_root_or_file_name_with_the_characters_of_patterns_is_taken_as_it_is(t
     assert len(open_parquet(folder, path="x[2].parquet")) == 7
 
 
-@pytest.mark.parametrize(("path", "said"), [("", "is a folder"), ("s3://bucket/x.parquet", "is a URL")])
-def test_a_folder_and_a_url_are_refused(tmp_path, path, said):
-    with pytest.raises(ConfigError, match=said):
-        open_parquet(tmp_path, path=path)
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder"):
+        open_parquet(tmp_path, path="")
+
+
+@pytest.mark.s3
+def test_files_on_object_storage_are_read_as_those_on_the_disk(tmp_path, s3_url):
+    write_numbered(tmp_path)
+    storage = Storage(s3_url)
+    for path in tmp_path.iterdir():
+        storage.write_bytes(f"data/{path.name}", path.read_bytes())
+        storage.write_bytes(f"data/deeper/{path.name}", path.read_bytes())
+    local, remote = open_parquet(tmp_path, rows=(2, 17)), open_parquet(f"{s3_url}/data", rows=(2, 17))
+    assert remote.fingerprint() == local.fingerprint()
+    assert remote.where(0) == f"{s3_url}/data/part-0.parquet row 2"
+    assert remote.labels().tolist() == local.labels().tolist()
+    for start, stop in ((0, 15), (3, 12), (14, 15)):
+        assert list(remote.raw_rows(start, stop)) == list(local.raw_rows(start, stop))
+    one = open_parquet(tmp_path, path=f"{s3_url}/data/part-1.parquet")  # whatever the root
+    assert list(one.raw_rows(0, 7)) == list(open_parquet(tmp_path, path="part-1.parquet").raw_rows(0, 7))
+    assert len(open_parquet(s3_url, path="data/**/part-1.parquet")) == 14
+
+
+@pytest.mark.s3
+def test_of_an_object_only_what_is_needed_is_fetched(tmp_path, s3_url, monkeypatch):
+    chance = np.random.default_rng(0)
+    table = pa.table({"image": [chance.bytes(3 * 2**20) for _ in range(8)], "label": [*range(8)]})
+    pq.write_table(table, tmp_path / "large.parquet", row_group_size=1)
+    Storage(s3_url).write_bytes("large.parquet", (tmp_path / "large.parquet").read_bytes())
+    fetched, read = [], Storage.read_bytes
+
+    def noted(self, name, start=None, stop=None):
+        fetched.append(stop - start)
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(Storage, "read_bytes", noted)
+    source = open_parquet(s3_url)
+    assert sum(fetched) <= 3 * 2**20
+    fetched.clear()
+    assert [label for _, label in source.raw_rows(5, 6)] == [5]
+    assert sum(fetched) <= 6 * 2**20
+
+
+@pytest.mark.s3
+def test_an_object_that_is_not_there_or_goes_away_is_told_with_its_name(tmp_path, s3_url):
+    with pytest.raises(ConfigError, match=r"no object matches s3://.*/nothing\.parquet"):
+        open_parquet(s3_url, path="nothing.parquet")
+    with pytest.raises(ConfigError, match=r"no object matches s3://.*/nothing/\*\.parquet"):
+        open_parquet(s3_url, path="nothing/*.parquet")
+    write_numbered(tmp_path)
+    Storage(s3_url).write_bytes("a.parquet", (tmp_path / "part-0.parquet").read_bytes())
+    source = open_parquet(s3_url)
+    Storage(s3_url).remove("a.parquet")
+    with pytest.raises(StorageError, match=r"data\.shallow: s3://.*a\.parquet cannot be read: No such file"):
+        list(source.raw_rows(0, 1))
+    Storage(s3_url).write_bytes("a.parquet", b"PAR1, but nothing else")
+    with pytest.raises(DataError, match=r"a\.parquet is not a sound Parquet file"):
+        open_parquet(s3_url)
+
+
+@pytest.mark.s3
+def test_a_server_that_goes_away_is_a_storage_error(tmp_path, monkeypatch):
+    server = S3Server()
+    try:
+        set_environment(monkeypatch, server.endpoint)
+        url = make_bucket(server.endpoint, "bucket")
+        write_numbered(tmp_path)
+        Storage(url).write_bytes("a.parquet", (tmp_path / "part-0.parquet").read_bytes())
+        monkeypatch.setenv("FISHER_RAY_RETRY_S", "1")
+        source = open_parquet(url)
+    finally:
+        server.kill()
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/a\.parquet"):
+        list(source.raw_rows(0, 1))
 
 
 def test_rows_beyond_the_last_are_refused_with_their_number(tmp_path):

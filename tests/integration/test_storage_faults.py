@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,37 @@ def test_a_run_on_failing_storage_ends_with_the_same_bytes(undisturbed, tmp_path
     assert {name.partition("/")[0] for name in copied} == {"base", "basis.zarr", "metric.zarr", "features", "linear"}
     assert "run again" in log.read_text()
     assert SECRET not in log.read_text()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def remounted(disk: Path, how: str) -> bool:
+    """Whether it could be; not while a file is open for writing."""
+    return not subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True).returncode
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_becomes_read_only_resumes_to_the_same_bytes(undisturbed, disk, tmp_path):
+    output, settings = disk / "run", os.environ | {"FISHER_RAY_RETRY_S": "5"}
+    command = [sys.executable, "-m", "fisher_ray", "train", str(DEMO), "--output", str(output), *OVERRIDES]
+    log = tmp_path / "log"
+    with log.open("ab") as stream, started(*command, stdout=stream, stderr=stream, env=settings) as process:
+        wait_for(lambda: [*output.glob("features/train.zarr/manifest/*")], 240, "the first unit's features")
+        wait_for(lambda: remounted(disk, "ro"), 30, "a moment without open files")
+        assert process.wait(120) == 4, log.read_text()
+    assert "Read-only file system" in log.read_text()
+
+    assert remounted(disk, "rw")
+    with log.open("ab") as stream, started(*command, stdout=stream, stderr=stream, env=settings) as process:
+        assert process.wait(240) == 0, log.read_text()
+    found, whole = bits(output), bits(undisturbed[0])
+    assert found == {name: whole[name] for name in found}
+    assert any(name.startswith("linear/") for name in found)

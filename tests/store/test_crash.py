@@ -2,8 +2,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -27,6 +29,8 @@ while True:
 
 NUM_KILLS = int(os.environ.get("FISHER_RAY_KILLS", "4"))
 """Each starts a process of its own; 50 take a minute."""
+NOBODY = 65534
+"""A user without rights."""
 
 
 def test_a_killed_writer_leaves_no_torn_chunk(tmp_path):
@@ -79,3 +83,27 @@ def test_a_full_disk_keeps_finished_units_readable(tmp_path):
         np.testing.assert_array_equal(open_features(url, allow_partial=True).read("x", 0, 8), write_big["x"])
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def test_rights_that_are_lost_in_the_middle_keep_finished_units_readable():
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root, whom rights do not bind")
+    with tempfile.TemporaryDirectory() as name:
+        place, rows = Path(name), {"x": np.ones((8, 4), np.float32)}
+        os.chown(place, NOBODY, NOBODY)
+        url = str(place / "s")
+        os.seteuid(NOBODY)
+        try:
+            create_store(url, make_spec(num_rows=24, arrays={"x": ArraySpec((4,), "float32", ("sample", "rank"))}))
+            write_unit(url, Unit(0, 0, 8), rows, attempt=1, skipped={})
+            (place / "s" / "x" / "c").chmod(0o555)
+            with pytest.raises(StorageError, match=r"Permission denied.*Give this user the right to write there"):
+                write_unit(url, Unit(1, 8, 16), rows, attempt=1, skipped={})
+            assert finished_units(url) == {0}
+            (place / "s" / "x" / "c").chmod(0o755)
+            write_unit(url, Unit(1, 8, 16), rows, attempt=1, skipped={})
+            write_unit(url, Unit(2, 16, 24), rows, attempt=1, skipped={})
+            seal(url, 3)
+            assert verify(url) == []
+        finally:
+            os.seteuid(0)
