@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -34,12 +35,16 @@ def spec(dtype: str = "float16") -> StoreSpec:
     return StoreSpec(UNITS * UNIT_ROWS, UNIT_ROWS, CHUNK_ROWS, "none", arrays)
 
 
-def write_store(url: str, values: list[np.ndarray]) -> None:
-    """Write and seal a store."""
+def write_store(url: str, values: list[np.ndarray], *, at_once: int = 1) -> None:
+    """Write and seal a store, so many units at once, as workers do; a unit's chunks are written at once anyway."""
     create_store(url, spec())
-    for number, rows in enumerate(values):
+
+    def write(number: int) -> None:
         unit = Unit(number, number * UNIT_ROWS, (number + 1) * UNIT_ROWS)
-        write_unit(url, unit, {"features": rows}, attempt=1, skipped={})
+        write_unit(url, unit, {"features": values[number]}, attempt=1, skipped={})
+
+    with ThreadPoolExecutor(at_once) as threads:
+        list(threads.map(write, range(UNITS)))
     seal(url, UNITS)
 
 
@@ -165,16 +170,15 @@ def main() -> None:
         return
     with bucket() as (files, url):
 
-        def write_again() -> None:
-            if files.exists(f"{url}/s"):
-                files.rm(f"{url}/s", recursive=True)
-            write_store(f"{url}/s", values)
-
-        write_s3 = {"s3fs": lambda: write_objects(files, f"{url}/plain", values), "store": write_again}
+        numbers = itertools.count()
+        write_s3 = {
+            "s3fs": lambda: write_objects(files, f"{url}/plain{next(numbers)}", values),
+            "store": lambda: write_store(f"{url}/s{next(numbers)}", values, at_once=UNITS),
+        }
         compare("S3 write", num_bytes, given.rounds, write_s3)
         read_s3 = {
-            "s3fs": lambda: read_objects(files, f"{url}/plain"),
-            "store, as stored": lambda: read_store(f"{url}/s", raw=True, where="s3"),
+            "s3fs": lambda: read_objects(files, f"{url}/plain0"),
+            "store, as stored": lambda: read_store(f"{url}/s1", raw=True, where="s3"),
         }
         compare("S3 read", num_bytes, given.rounds, read_s3)
 
