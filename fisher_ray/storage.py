@@ -232,6 +232,7 @@ class _LocalFiles:
             return data[: file.readinto(data.data)]
 
     def read_into(self, name: str, target: np.ndarray, fold: Fold) -> tuple[int, bytes]:
+        self.size(name)  # which knows of folders
         with open(self.root / name, "rb", buffering=0) as file:
             folded, place = 0, 0
             while place < len(target):
@@ -244,7 +245,7 @@ class _LocalFiles:
 
     def write(self, name: str, data: Bytes, settle: bool) -> None:
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = _make_folder(path.parent)
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             with open(unfinished, "xb") as file:
@@ -257,7 +258,8 @@ class _LocalFiles:
                 unfinished.unlink(missing_ok=True)
             raise
         if settle:
-            _sync_folder(path.parent)
+            for folder in (path.parent, *made):
+                _sync_folder(folder)
 
     def settle(self, folder: str) -> None:
         _sync_folder(self.root / folder)
@@ -291,6 +293,17 @@ class _LocalFiles:
 def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those around it, and return the ones that others were made in, the innermost first."""
+    made = []
+    for inner in (folder, *folder.parents):
+        if inner.is_dir():
+            break
+        made.append(inner.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def _sync_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ What a processor's cache holds; on a GPU, enough to keep it busy with few kernel
 
 
 class Workspace:
-    """Memory for gradients, allocated when first needed and kept.
+    """Memory for gradients, allocated when first needed and kept; on a GPU torch's allocator keeps it, for all layers.
 
     Args:
         like: a tensor with the dtype and device.
@@ -32,6 +32,8 @@ class Workspace:
     def take(self, *shape: int) -> Tensor:
         """Return an uninitialised tensor, which the next one overwrites."""
         size = math.prod(shape)
+        if self._kept.is_cuda:  # what is recorded there has to have its memory to itself
+            return self._kept.new_empty(shape)
         if len(self._kept) < size:
             self._kept = self._kept.new_empty(size)
         return self._kept[:size].view(shape)
@@ -66,6 +68,8 @@ def form_chunks(item: AffineFactors, workspace: Workspace, *, row_step: int = 1)
     row_bytes = num_scores * width * item.deltas.element_size()
     tall = isinstance(item.source, LinearInput) and (num_positions == 1 or row_step > 1)  # all samples, few rows
     samples = batch if tall else max(1, min(batch, chunk_bytes // (row_bytes * num_outputs)))
+    if item.deltas.is_cuda and not isinstance(item.source, LinearInput):  # whose patches are formed, too
+        samples = max(1, min(samples, chunk_bytes // (width * num_positions * item.deltas.element_size())))
     count = max(row_step, chunk_bytes // (row_bytes * samples) // row_step * row_step)
     samples = max(1, min(samples, chunk_bytes // (row_bytes * min(count, num_outputs))))
     for start in range(0, batch, samples):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -35,8 +35,7 @@ def formed_factors(
     Args:
         call: the call.
         deltas: the gradients at its outputs, ``(S, ...)``, None where the network does not depend on one.
-        precision: what the network was run in. A module with all digits is run with them, not in what autocast had for
-            it: some of a GPU's kernels for half precision cannot be vectorised.
+        precision: what the network was run in, as the module is.
         scales: what to multiply by, ``(S, B)``, if anything.
 
     Raises:
@@ -54,15 +53,22 @@ def formed_factors(
         if axis is not None and delta is not None
     ]
     reached = [delta is not None for delta in deltas]
-    around = precision.around(site.module)
-    if precision.forward is not None and all(p.dtype == precision.factors for p in _floating(site.module)):
-        around = precision.outside(site.module)
-        samples, pulled = ([precision.widened(value) for value in part] for part in (samples, pulled))
-        arguments = [precision.widened(value) if isinstance(value, Tensor) else value for value in call.arguments]
-        call = replace(call, arguments=arguments)
-    try:
+
+    def gradients_in(around: AbstractContextManager[object], call: Call, *parts: list[Tensor]) -> dict[str, Tensor]:
         with _vectorising(), _restoring(site.module), around:
-            gradients = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(samples, pulled)
+            made: dict[str, Tensor] = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(*parts)
+        return made
+
+    try:
+        try:
+            gradients = gradients_in(precision.around(site.module), call, samples, pulled)
+        except RuntimeError:
+            if precision.forward is None:
+                raise
+            # Some of a GPU's kernels for half precision cannot be vectorised: once more without autocast.
+            wide = replace(call, arguments=[_wide(value, precision) for value in call.arguments])
+            parts = ([_wide(value, precision) for value in part] for part in (samples, pulled))
+            gradients = gradients_in(precision.outside(site.module), wide, *parts)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -76,8 +82,9 @@ def formed_factors(
     return [FormedFactors(block, _joined(block, site.parameters, found)) for block in site.blocks]
 
 
-def _floating(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+def _wide(value: Any, precision: Precision) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.to(precision.factors) if half else value
 
 
 @contextmanager

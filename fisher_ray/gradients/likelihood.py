@@ -73,12 +73,12 @@ class Softmax:
         """
         if targets.shape != (len(output),):
             self._refuse(f"shape {tuple(targets.shape)}", output)
-        probabilities, last = output.softmax(dim=1), output.shape[1] - 1
-        return functional.one_hot(targets.long().clamp(0, last), last + 1).to(probabilities) - probabilities
+        is_target = torch.arange(output.shape[1], device=output.device) == targets[:, None]
+        return is_target.to(output) - output.softmax(dim=1)
 
     def check_targets(self, output: Tensor, targets: Tensor) -> None:
         """See :class:`Likelihood`."""
-        wrong = (targets < 0) | (targets >= output.shape[1])
+        wrong = ~((targets >= 0) & (targets < output.shape[1]))  # NaN too
         if bool(wrong.any()):
             self._refuse(f"label {int(targets[wrong][0])}", output)
 

@@ -101,22 +101,21 @@ class Precision:
     @contextmanager
     def full(self, module: nn.Module) -> Iterator[None]:
         """Multiply float32 with all its digits, without TF32, which torch has in a GPU's convolutions by default."""
-        if _device(module) != "cuda":
-            yield
-            return
-        if hasattr(torch.backends.cudnn, "conv"):
-            places: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
-            name, plain = "fp32_precision", "ieee"  # type: tuple[str, str | bool]
-        else:
-            places, name, plain = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
-        before = [getattr(place, name) for place in places]
+        places: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+        name, fast, plain = "allow_tf32", True, False  # type: tuple[str, str | bool, str | bool]
         try:
-            for place in places:
+            before = [getattr(place, name) for place in places] if _device(module) == "cuda" else []
+        except RuntimeError:  # set by the names that torch has had since 2.9, for each kind of operation
+            places, name = [places[0].conv, places[0].rnn, places[1]], "fp32_precision"
+            before, fast, plain = [getattr(place, name) for place in places], "tf32", "ieee"
+        changed = [place for place, value in zip(places, before, strict=False) if value == fast]
+        try:
+            for place in changed:
                 setattr(place, name, plain)
             yield
         finally:
-            for place, value in zip(places, before, strict=True):
-                setattr(place, name, value)
+            for place in changed:
+                setattr(place, name, fast)
 
     def output(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Call a network and return its main output, as it comes.

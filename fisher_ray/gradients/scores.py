@@ -204,7 +204,7 @@ class ScoreEngine:
             try:
                 with precision.full(self.model):
                     return verify(self.model, sample, self.blocks, compute, precision)
-            except RuntimeError as error:  # a kernel of the network's that there is for half precision only
+            except (RuntimeError, ModelError) as error:  # there may be parts for half precision only, or always in it
                 if precision == self.precision or is_out_of_memory(error):
                     raise
         raise AssertionError("the last precision returns or raises")

@@ -9,6 +9,7 @@ with probability ``1/k`` as if drawn by themselves, and sums run along contiguou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ class _Plan:
         self._shifts = torch.randint(dim, (num_runs,), generator=generator, device="cpu")
         self._shifts_there = self._shifts.to(like.device)
         self._cuts_there = torch.tensor(self._cuts, device=like.device)
-        self._dim, self._kept = dim, dict[tuple[int, int], tuple[Tensor, Tensor]]()
+        self._dim = dim
 
     def add(self, start: int, gradient: Tensor, out: Tensor) -> None:
         """Add rows from ``start``, the first of a run, as ``(..., rows · A)``, to ``(..., 2 k)``."""
@@ -149,24 +150,26 @@ class _Plan:
         """Return where in ``size`` coordinates from row ``start`` each run's entries come from, and their signs.
 
         Of runs in order, ``(runs · k,)`` places, the first for an entry that nothing goes to, and ``(runs, k)`` signs,
-        zero there. They are kept for as many pieces as a layer is formed in.
+        zero there.
         """
-        if (found := self._kept.get((start, size))) is not None:
-            return found
-        number, stride = start // self.step * len(self._cuts), self.step * self._width
-        there = self.signs.device
-        firsts = torch.arange(0, size, stride, device=there)[:, None]
+        places, signs = self._gathered
+        stride = self.step * self._width
+        number = start // self.step * len(self._cuts)
+        some = slice(number, number + -(-size // stride) * len(self._cuts))
+        first = start * self._width
+        return (places[some] - first).clamp_(min=0).flatten() if first else places[some].flatten(), signs[some]
+
+    @cached_property
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """Places, int32, and signs of all runs, ``(runs, k)``: eight bytes for each coordinate."""
+        there, total = self.signs.device, len(self.signs)
+        firsts = torch.arange(0, total, self.step * self._width, device=there)[:, None]
         begins = (firsts + self._cuts_there).flatten()
-        ends = (firsts + torch.tensor(self._ends, device=there)).flatten().clamp(max=size)
-        shifts = self._shifts_there[number : number + len(begins)]
-        places = begins[:, None] + (torch.arange(self._dim, device=there) - shifts[:, None]) % self._dim
+        ends = (firsts + torch.tensor(self._ends, device=there)).flatten().clamp(max=total)
+        places = begins[:, None] + (torch.arange(self._dim, device=there) - self._shifts_there[:, None]) % self._dim
         filled = places < ends[:, None]
         places = torch.where(filled, places, 0)
-        signs = self.signs[start * self._width + places] * filled.to(self.signs)
-        if sum(kept for _, kept in self._kept) + size > len(self.signs):  # pieces of another size than before
-            self._kept.clear()
-        self._kept[start, size] = places.flatten(), signs
-        return self._kept[start, size]
+        return places.int(), self.signs[places] * filled.to(self.signs)
 
     def transpose(self, sketches: Tensor) -> Tensor:
         """Return for every coordinate its sign times the entry that it goes to: ``(..., k)`` to ``(..., O · A)``."""

@@ -82,7 +82,7 @@ class Workbench:
     @cached_property
     def engine(self) -> ScoreEngine:
         """What computes scores of the base network."""
-        return score_engine(self.config, self.model, self.micro_batch)
+        return score_engine(self.config, self.model, min(self.micro_batch, self.config.runtime.unit_rows))
 
     @cached_property
     def bases(self) -> dict[str, Compression]:

@@ -52,4 +52,9 @@ def is_finite(values: np.ndarray) -> bool:
 
 def _is_plain(values: np.ndarray, out: np.ndarray) -> bool:
     """Whether torch takes both arrays as they are, and it pays."""
-    return out.size >= SMALL and values.flags.writeable and min(values.strides, default=0) >= 0 and out.flags.writeable
+    return out.size >= SMALL and all(
+        array.dtype.isnative
+        and array.flags.writeable
+        and all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+        for array in (values, out)
+    )

@@ -177,7 +177,7 @@ def _copy_file(
     chunks = range(max(held.start, wanted.start), min(held.stop, wanted.stop))
     first, size = file * layout.chunk_rows, layout.chunk_rows
     whole = first >= start and first + size <= start + len(out)
-    if whole and is_plain(layout) and scale == 1.0 and out.dtype == layout.stored_dtype:
+    if whole and is_plain(layout) and scale == 1.0 and out.dtype == layout.stored_dtype.newbyteorder("<"):
         read_chunk(storage, layout, file, out[first - start : first - start + size].reshape(-1).view(np.uint8))
         return
     for chunk, stored in zip(chunks, read_file(storage, layout, file, chunks), strict=True):

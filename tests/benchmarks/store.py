@@ -169,7 +169,6 @@ def main() -> None:
     if given.no_s3:
         return
     with bucket() as (files, url):
-
         numbers = itertools.count()
         write_s3 = {
             "s3fs": lambda: write_objects(files, f"{url}/plain{next(numbers)}", values),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fisher_ray.gradients import Compressor, GradientBuffer, GradientSketch, ScoreEngine, random_bases
-from fisher_ray.gradients.graphs import Graphs
+from fisher_ray.gradients.graphs import Graphs, _looks
 from fisher_ray.models import paper_cnn
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import compressed_scores
@@ -31,6 +31,57 @@ def test_on_a_processor_nothing_is_recorded():
     for _ in range(3):
         assert graphs.run("key", lambda x: (calls.append(1) or x + 1,), torch.zeros(2))[0].tolist() == [1, 1]
     assert len(calls) == 3
+
+
+def test_scores_are_compressed_without_looking_at_a_number():
+    """Which would wait for a GPU, and could not be recorded there."""
+    engine, compressor = compressing(paper_cnn())
+    inputs = torch.randn(4, 3, 24, 24)
+    features(engine, compressor, inputs)
+    assert _looks(lambda x: features(engine, compressor, x), (inputs,)) == ""
+    sketch, labels = GradientSketch(engine.blocks, 1500, 0, engine.like), torch.tensor([1, 2, 3, 0])
+
+    def sketched(x, y):
+        return (sketch.compress(engine.of_draws(x, lambda output, number: y, 1)),)
+
+    sketched(inputs, labels)
+    assert _looks(sketched, (inputs, labels)) == ""
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: (x * float(x.sum()),),
+        lambda x: (x[x > 0],),
+        lambda x: (x.to("meta"),),
+        lambda x: (torch.zeros(4, device="meta").copy_(x),),
+        lambda x: (torch.nonzero(x),),
+    ],
+)
+def test_what_waits_for_numbers_or_copies_is_found(look):
+    found = _looks(look, (torch.ones(4),))
+    assert "looks at numbers" in found or "copies between" in found
+
+
+def test_an_error_of_the_function_s_own_is_no_look():
+    with pytest.raises(ZeroDivisionError):
+        _looks(lambda x: 1 // 0, (torch.ones(4),))
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_batches_of_other_sizes():
+    """Whose memory is not that of what was recorded."""
+    torch.manual_seed(0)
+    model = paper_cnn().double().cuda()
+    plain, recorded = compressing(model), compressing(model, 32)
+    inputs = torch.randn(32, 3, 24, 24).double().cuda()
+    expected = features(*plain, inputs)[2]
+    for size in (32, 31, 48, 32, 7, 32):
+        some = torch.randn(size, 3, 24, 24).double().cuda() if size != 32 else inputs
+        made = features(*recorded, some)[2]
+        torch.cuda.empty_cache()
+        if size == 32:
+            torch.testing.assert_close(made, expected, **CLOSE)
 
 
 @pytest.mark.gpu

@@ -284,6 +284,58 @@ def test_a_precision_that_there_is_not_is_refused():
         ScoreEngine(nn.Linear(3, 2).double(), precision=torch.bfloat16)
 
 
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.before, self.inner, self.after = nn.Linear(4, 5), inner, nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.after(self.inner(torch.tanh(self.before(x))))
+
+
+class Casting(nn.Module):
+    """Casts by itself, and leaves the rest to autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5) / 3)
+
+    def forward(self, x):
+        return nn.functional.linear(x.bfloat16(), self.weight)
+
+
+class Table(Casting):
+    """Has a table of few digits."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(5, 5).bfloat16())
+
+    def forward(self, x):
+        return x @ self.table @ self.weight
+
+
+class AlwaysHalf(Casting):
+    """Has few digits whatever autocast says."""
+
+    def forward(self, x):
+        return torch.ops.aten.mm(x.bfloat16(), self.weight.bfloat16()).float()
+
+
+@HALVES
+@pytest.mark.parametrize("inner", [Casting, Table, AlwaysHalf])
+def test_a_module_with_few_digits_of_its_own_works_where_the_network_has_few(inner, dtype):
+    torch.manual_seed(0)
+    model, inputs = Around(inner()), torch.randn(4, 4)
+    made = flat(ScoreEngine(model, precision=dtype), ScoreEngine(model, precision=dtype).of_labels(inputs, LABELS))
+    parameters = list(model.parameters())
+    for row, found in enumerate(made[:, 0]):
+        with torch.autocast("cpu", dtype):
+            score = model(inputs[row : row + 1]).log_softmax(-1)[0, LABELS[row]]
+        gradient = torch.cat([part.flatten() for part in torch.autograd.grad(score, parameters)])
+        assert (found - gradient).norm() <= 0.05 * gradient.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, *BOUND], ids=["float32", "bfloat16", "float16"])
 def test_on_a_gpu_a_deep_network_is_not_refused_for_its_few_digits(dtype):

@@ -51,3 +51,12 @@ def test_what_is_not_finite_is_seen(wrong):
     values[1, 0] = wrong
     assert not is_finite(values)
     assert is_finite(np.empty((0, 3), np.float16))
+
+
+def test_packed_records_are_converted_too():
+    """Whose numbers are not at multiples of their size, which torch does not take."""
+    records = np.zeros((SMALL, 3), np.dtype([("flag", "i1"), ("value", "f4")]))
+    records["value"] = np.arange(SMALL * 3).reshape(SMALL, 3) / 64
+    out = np.empty((SMALL, 3), np.float16)
+    divide_to_half(records["value"], 1.0, out)
+    np.testing.assert_array_equal(out, records["value"].astype(np.float16))

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -158,3 +159,33 @@ def test_a_feature_store_in_s3_goes_there_and_back(s3_url, codec):
         np.testing.assert_array_equal(np.concatenate([b[name] for b in store.iter_chunks([name])]), values)
         assert store.read_raw(name, 0, 4).flags.writeable
     assert verify(url) == []
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_folder_or_a_file_in_the_place_of_a_chunk_is_a_chunk_that_is_missing(tmp_path, above):
+    write_store(str(tmp_path), "none")
+    chunk = tmp_path / "index" / "c" / "2"
+    if above:
+        chunk = tmp_path / "features" / "c" / "2"
+        shutil.rmtree(chunk)
+        chunk.write_bytes(b"no folder")
+    else:
+        chunk.unlink()
+        chunk.mkdir()
+    name = "features" if above else "index"
+    with pytest.raises(StoreError, match=rf"{name}/c/2.* is missing"):
+        open_features(str(tmp_path)).read(name, 0, 21)
+
+
+@pytest.mark.parametrize("size", [-1, 1, 200])
+def test_a_chunk_that_is_too_long_or_too_short_is_corrupt(tmp_path, size):
+    write_store(str(tmp_path), "none")
+    path = tmp_path / "features" / "c" / "1" / "0" / "0"
+    data = path.read_bytes()
+    path.write_bytes(data[:size] if size < 0 else data + bytes(size))
+    for read in (lambda store: store.read("features", 0, 21), lambda store: store.read_raw("features", 4, 8)):
+        with pytest.raises(StoreError, match=r"features/c/1/0/0 is corrupt"):
+            read(open_features(str(tmp_path)))
+    path.write_bytes(b"")
+    with pytest.raises(StoreError, match=r"features/c/1/0/0 is corrupt"):
+        open_features(str(tmp_path)).read("features", 0, 21)
