@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.hosts import Running
+from tests.cluster.hosts import Running, lack
 from tests.cluster.launcher import HEAD, ROOT, WORKER, Cluster, cluster
 from tests.integration.runs import bits
 
@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train-*.parquet and test-*.parquet")
     parser.add_argument("--during", choices=MIDDLES, default="features", help="pass in which the link is cut")
     given = parser.parse_args()
+    if reason := lack():
+        parser.error(reason)
     with tempfile.TemporaryDirectory() as folder:
         overrides = (f"data.root={Path(given.data).resolve()}", *CIFAR10)
         transform = "fisher_ray.models:paper_transform"
