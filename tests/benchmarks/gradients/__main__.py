@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fisher_ray.gradients import precision_of
 from tests.benchmarks.gradients.methods import METHODS, Run
@@ -79,6 +80,20 @@ def measure(name: str, rounds: int, only: set[str], device: str, way: str, batch
     return {"plain, ms": 1000 * statistics.median(seconds["plain"]), **ratios}
 
 
+def profiled(name: str, method: str, device: str) -> str:
+    """Return a table of the operations that one method spends its time in."""
+    if (run := (METHODS | PEERS)[method](workload(name, device))) is None:
+        return "does not apply"
+    for _ in range(3):
+        run()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as seen:
+        for _ in range(5):
+            run()
+    by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return str(seen.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=40))
+
+
 def main() -> None:
     """Measure, print a table for each workload, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +103,7 @@ def main() -> None:
     parser.add_argument("--device", choices=WAYS, default="cpu")
     parser.add_argument("--batches", default="", help="samples, comma-separated; each workload's own by default")
     parser.add_argument("--methods", default="", help="comma-separated; all by default")
+    parser.add_argument("--profile", metavar="METHOD", help="show where one method's time goes, and measure nothing")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -97,9 +113,14 @@ def main() -> None:
         only = set(filter(None, options.methods.split(",")))
         print(json.dumps(measure(name, options.rounds, only, options.device, way, int(batch) or None)))
         return
+    workloads = (options.workloads or ("W1,W2,W3" if options.device == "cpu" else "W1,W3,W4")).split(",")
+    if options.profile:
+        for name in workloads:
+            print(f"{name}, {options.profile}\n{profiled(name, options.profile, options.device)}")
+        return
     found: dict[str, dict[str, dict[str, float]]] = {}
     batches = [int(size) for size in filter(None, options.batches.split(","))]
-    for name in (options.workloads or ("W1,W2,W3" if options.device == "cpu" else "W1,W3,W4")).split(","):
+    for name in workloads:
         for batch in batches or [0]:
             title = f"{name}, {batch} samples" if batch else name
             found[title] = {way: _measured(name, way, batch, options) for way in WAYS[options.device]}
