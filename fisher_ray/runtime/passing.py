@@ -17,8 +17,8 @@ from fisher_ray.runtime.schedule import Schedule
 from fisher_ray.runtime.tree import Node
 from fisher_ray.runtime.worker import Merge, Task
 
-STRAGGLER_S = 5.0
-"""A piece of work that takes less is never given to a second worker."""
+STRAGGLER_S, STRAGGLING_MERGE_S = 5.0, 30.0
+"""Work that takes less is never given to a second worker; merges move much, and two get in each other's way."""
 STRAGGLER_RATIO = 2.0
 """How many times the median duration makes a straggler."""
 
@@ -95,4 +95,5 @@ class Pass:
     def slow_s(self, kind: str) -> float:
         """After how many seconds a piece of work is given to a second worker too, by those of its kind, if any."""
         known = self.durations_s.get(kind) or [seconds for found in self.durations_s.values() for seconds in found]
-        return max(STRAGGLER_S, STRAGGLER_RATIO * statistics.median(known)) if known else float("inf")
+        least = STRAGGLING_MERGE_S if kind == "merge" else STRAGGLER_S
+        return max(least, STRAGGLER_RATIO * statistics.median(known)) if known else float("inf")

@@ -78,7 +78,7 @@ def slowly(bench: Any, left: dict[str, Any], right: dict[str, Any], *, folder: s
 
 
 def test_a_merge_that_hangs_is_run_by_another_and_its_worker_free_again_when_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(passing, "STRAGGLER_S", 1.0)
+    monkeypatch.setattr(passing, "STRAGGLING_MERGE_S", 1.0)
     notes: list[str] = []
     with workers(tmp_path / "run", notes=notes) as given:
         merge = partial(slowly, folder=str(tmp_path))

@@ -3,7 +3,7 @@
 import pytest
 
 from fisher_ray.data import plan_units
-from fisher_ray.runtime.passing import STRAGGLER_RATIO, STRAGGLER_S, Pass
+from fisher_ray.runtime.passing import STRAGGLER_RATIO, STRAGGLER_S, STRAGGLING_MERGE_S, Pass
 from fisher_ray.runtime.schedule import Schedule
 
 
@@ -39,5 +39,11 @@ def test_only_the_last_hundred_count(kind):
     for _ in range(1000):
         given.took(kind, 1000.0)
     for _ in range(101):
-        given.took(kind, 10.0)
-    assert given.slow_s(kind) == STRAGGLER_RATIO * 10.0
+        given.took(kind, 20.0)
+    assert given.slow_s(kind) == STRAGGLER_RATIO * 20.0
+
+
+def test_a_merge_has_longer():
+    given = nothing_done()
+    given.took("merge", 0.1)
+    assert given.slow_s("merge") == STRAGGLING_MERGE_S > STRAGGLER_S
