@@ -1,4 +1,6 @@
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fisher_ray import storage as storage_module
 from fisher_ray.errors import DataError, StoreError
 from fisher_ray.records import Unit
 from fisher_ray.store import ArraySpec, create_store, finished_units, open_features, seal, verify, write_unit
@@ -268,3 +271,33 @@ def test_a_sealed_store_is_not_written_to(store):
     create_store(store.url, make_spec())
     seal(store.url, 3)
     assert store.files == before
+
+
+def test_a_manifest_comes_after_its_chunks_are_there_for_good(tmp_path, monkeypatch):
+    """Contents, names and new folders: after the power is lost no manifest tells of what is not there."""
+    url, done, rename, sync = tmp_path / "s", [], os.replace, storage_module._sync_folder
+    create_store(str(url), make_spec())
+
+    def noting(what, act):
+        return lambda *paths: (act(*paths), done.append((what, str(paths[-1]))))
+
+    monkeypatch.setattr(os, "replace", noting("named", rename))
+    monkeypatch.setattr(storage_module, "_sync_folder", noting("kept", sync))
+    write(str(url), Unit(0, 0, 8))
+    place = next(number for number, (what, name) in enumerate(done) if name.startswith(f"{url}/manifest"))
+    before = done[:place]
+    chunks = [name for what, name in before if what == "named"]
+    assert len(chunks) >= 3
+    for chunk in chunks:
+        inside = [folder for folder in Path(chunk).parents if folder == url or url in folder.parents]
+        kept = [name for what, name in before[before.index(("named", chunk)) :] if what == "kept"]
+        assert {str(folder) for folder in inside} <= set(kept)
+    assert ("kept", str(url / "manifest")) in done[place:]
+    assert ("kept", str(url)) in done[place:]  # where the manifests' folder was made
+
+
+def test_a_new_store_s_own_place_is_kept_too(tmp_path, monkeypatch):
+    kept, sync = [], storage_module._sync_folder
+    monkeypatch.setattr(storage_module, "_sync_folder", lambda folder: (sync(folder), kept.append(folder)))
+    create_store(str(tmp_path / "run" / "features" / "s"), make_spec())
+    assert {tmp_path, tmp_path / "run", tmp_path / "run" / "features"} <= set(kept)
