@@ -69,7 +69,7 @@ def changed(content, chance):
                 holder[last] = chance.choice(EXTREMES)
         except (KeyError, IndexError, TypeError):
             continue  # an earlier change took the place away
-    return content
+    return json.loads(json.dumps(content))  # whose keys are words, also where a list has become an object
 
 
 def damaged(raw, chance, *, document):
