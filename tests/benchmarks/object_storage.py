@@ -1,6 +1,6 @@
 """The CIFAR-10 job with its data and its run folder on S3, beside the same job on the disk.
 
-    python -m tests.benchmarks.object_storage [--data ../shared/data/cifar10] [--rows 25000] [--steps 1800]
+    python -m tests.benchmarks.object_storage [--data FOLDER] [--rows 25000] [--steps 1800]
 
 A server on loopback holds everything. Prints each job's seconds by stage and accuracies, whether both left the same
 bytes, and what ``fisher-ray verify`` says of the stores on S3.
