@@ -155,17 +155,15 @@ def fisher_pass(
     halvings, seen = halvings or Halvings(), False
     scores_of = root_scores if compressor.linear else batch_scores
 
-    def compute(inputs: Tensor) -> tuple[Tensor]:
-        scores = engine.spanning_classes(inputs)[0] if compressor.linear else engine.all_classes(inputs)
-        return (compressor.compress(scores),)
-
     def made(part: Batch) -> tuple[Tensor, dict[str, float]]:
-        if labels == "all":
-            (values,) = engine.graphs.run(("metric", compressor), compute, part.inputs)
-            assert values is not None
-        else:
-            values = compressor.compress(batch_scores(engine, part, labels, seed, draws))
-        return values, {} if seen else whole(part)
+        def compute(inputs: Tensor) -> tuple[Tensor]:
+            batch = Batch(inputs, part.labels, part.index)  # of which all classes take the inputs alone
+            return (compressor.compress(scores_of(engine, batch, labels, seed, draws)),)
+
+        all_classes = labels == "all"
+        found = engine.graphs.run(("metric", compressor), compute, part.inputs) if all_classes else compute(part.inputs)
+        assert found[0] is not None
+        return found[0], {} if seen else whole(part)
 
     def whole(part: Batch) -> dict[str, float]:
         total = dict.fromkeys(engine.block_shapes, 0.0)
