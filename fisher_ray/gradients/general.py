@@ -5,12 +5,14 @@ An operation that torch has no batching rule for is looped over the samples by t
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,10 @@ from fisher_ray.gradients.factors import FormedFactors
 from fisher_ray.gradients.memory import is_out_of_memory
 from fisher_ray.gradients.outputs import main_output
 from fisher_ray.gradients.precision import Precision, multiplied
+
+_NOT_IN_HALF: WeakSet[nn.Module] = WeakSet()
+"""Modules that run under autocast but can only be vectorised without: some of a GPU's kernels are like that."""
+_LOG = logging.getLogger(__name__)
 
 
 def formed_factors(
@@ -59,16 +65,23 @@ def formed_factors(
             made: dict[str, Tensor] = vmap(partial(_of_sample, call, reached), in_dims=(0, 1))(*parts)
         return made
 
+    def widely() -> dict[str, Tensor]:
+        wide = replace(call, arguments=[_wide(value, precision) for value in call.arguments])
+        parts = ([_wide(value, precision) for value in part] for part in (samples, pulled))
+        return gradients_in(precision.outside(site.module), wide, *parts)
+
     try:
         try:
-            gradients = gradients_in(precision.around(site.module), call, samples, pulled)
-        except RuntimeError:
-            if precision.forward is None:
+            if site.module in _NOT_IN_HALF:
+                gradients = widely()
+            else:
+                gradients = gradients_in(precision.around(site.module), call, samples, pulled)
+        except RuntimeError as error:
+            if precision.forward is None or is_out_of_memory(error) or site.module in _NOT_IN_HALF:
                 raise
-            # Some of a GPU's kernels for half precision cannot be vectorised: once more without autocast.
-            wide = replace(call, arguments=[_wide(value, precision) for value in call.arguments])
-            parts = ([_wide(value, precision) for value in part] for part in (samples, pulled))
-            gradients = gradients_in(precision.outside(site.module), wide, *parts)
+            gradients = widely()
+            _NOT_IN_HALF.add(site.module)
+            _LOG.info("layer %r is differentiated in %s: %s", site.name, precision.factors, str(error).split("\n")[0])
     except Exception as error:
         if is_out_of_memory(error):
             raise

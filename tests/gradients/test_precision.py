@@ -336,6 +336,50 @@ def test_a_module_with_few_digits_of_its_own_works_where_the_network_has_few(inn
         assert (found - gradient).norm() <= 0.05 * gradient.norm()
 
 
+class NotVectorised(torch.autograd.Function):
+    """The identity; its backward takes few digits only one sample at a time, as some of a GPU's kernels do."""
+
+    @staticmethod
+    def forward(value):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+    @staticmethod
+    def vmap(info, in_dims, value):
+        if value.dtype in BOUND:
+            raise RuntimeError("no kernel for half precision")
+        return value.clone(), in_dims[0]
+
+
+class Stubborn(Casting):
+    """Calls it on what autocast has made half."""
+
+    calls = 0
+
+    def forward(self, x):
+        Stubborn.calls += 1
+        return NotVectorised.apply(nn.functional.linear(x, self.weight))
+
+
+@HALVES
+def test_a_module_that_cannot_be_vectorised_in_few_digits_is_in_all_and_tried_but_once(dtype):
+    torch.manual_seed(0)
+    model, inputs = Around(Stubborn()), torch.randn(4, 4)
+    engine = ScoreEngine(model, precision=dtype)
+    made = flat(engine, engine.of_labels(inputs, LABELS))[:, 0]
+    assert error(made, exact(model, inputs)) <= BOUND[dtype]
+    before = Stubborn.calls
+    engine.of_labels(inputs, LABELS)
+    assert Stubborn.calls == before + 2  # the network's, and one alone
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, *BOUND], ids=["float32", "bfloat16", "float16"])
 def test_on_a_gpu_a_deep_network_is_not_refused_for_its_few_digits(dtype):
