@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisher_ray.errors import RequestError
 from fisher_ray.metric.estimator import Arrays, float64_rows, refuse_non_finite
-from fisher_ray.metric.symmetric import eigh_descending, fix_signs, num_above_noise
+from fisher_ray.metric.symmetric import add_gram, eigh_descending, fix_signs, mirror, num_above_noise
 
 
 class FrequentDirections:
@@ -113,7 +113,9 @@ def shrink(rows: Tensor, size: int) -> tuple[Tensor, float]:
     if len(rows) <= size:
         return rows, 0.0
     wide = rows.shape[1] > len(rows)
-    gram = rows @ rows.T if wide else rows.T @ rows
+    gram = rows.new_zeros(2 * [min(rows.shape)])
+    add_gram(gram, rows.T if wide else rows)
+    mirror(gram)
     if not bool(torch.isfinite(gram).all()):
         return torch.full_like(rows[:size], math.nan), math.nan
     values, vectors = eigh_descending(gram)

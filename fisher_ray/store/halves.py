@@ -46,8 +46,10 @@ def multiply_from_half(values: np.ndarray, scale: float, out: np.ndarray) -> Non
 
 def is_finite(values: np.ndarray) -> bool:
     """Whether all of some float16 numbers are finite: none has an exponent of ones alone."""
-    bits = np.ascontiguousarray(values).view(np.uint16)
-    return not bits.size or int((bits & np.uint16(0x7FFF)).max()) < 0x7C00
+    bits = np.ascontiguousarray(values).view(np.int16)
+    if not bits.size:
+        return True
+    return int(bits.max()) < 0x7C00 and int(bits.view(np.uint16).max()) < 0xFC00  # +inf, NaN; -inf, NaN
 
 
 def _is_plain(values: np.ndarray, out: np.ndarray) -> bool:

@@ -35,7 +35,7 @@ def seal(url: str, num_units: int) -> None:
         StorageError: if it cannot be written.
     """
     storage = Storage(url)
-    own, _, _ = read_root(storage)
+    own, _, root = read_root(storage)
     planned = -(-own["num_rows"] // own["unit_rows"])
     if num_units != planned:
         raise StoreError(f"{url} has {planned} units of {own['unit_rows']} rows, not {num_units}")
@@ -46,14 +46,14 @@ def seal(url: str, num_units: int) -> None:
     for unit, content in manifests.items():
         _check_manifest(url, own, unit, content, sizes)
     storage.remove_partials()
-    names = [ROOT, *(f"{name}/{ROOT}" for name in read_layouts(own))]
+    metadata = {f"{name}/{ROOT}": storage.read_bytes(f"{name}/{ROOT}") for name in read_layouts(own)} | {ROOT: root}
     totals: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "features",
         "num_rows": own["num_rows"],
         "num_units": num_units,
         "num_bytes": sum(item["size"] for content in manifests.values() for item in chunk_entries(content)),
-        "files": [entry(name, storage.read_bytes(name)) for name in sorted(names)],
+        "files": [entry(name, raw) for name, raw in sorted(metadata.items())],
         "units": [unit_fingerprint(manifests[unit]) for unit in range(num_units)],
         "skipped": {row: reason for content in manifests.values() for row, reason in content["skipped"].items()},
     }

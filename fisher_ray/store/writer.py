@@ -46,9 +46,10 @@ def create_store(url: str, spec: StoreSpec) -> None:
         "arrays": {name: layout.to_json() for name, layout in layouts.items()},
     }
     attributes = plain(spec.attributes)
-    _refuse_another(storage, own, attributes)
     storage.remove_partials()
     present = set(storage.list())
+    if ROOT in present:
+        _refuse_another(storage, own, attributes)
     for name, raw in metadata_files(layouts.values(), {**attributes, ATTRIBUTE: own}).items():
         if name not in present:
             storage.write_bytes(name, raw)
@@ -201,8 +202,6 @@ def _check_arrays(layouts: dict[str, Layout], arrays: dict[str, np.ndarray], uni
 
 
 def _refuse_another(storage: Storage, own: dict[str, Any], attributes: dict[str, Any]) -> None:
-    if not storage.exists(ROOT):
-        return
     there, given, _ = read_root(storage)
     before, now = {**given, **there}, {**attributes, **own}
     if before != now:
