@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_ray.linear.ridge import LinearWeights, check_penalties, factorise, solve, to_raw
+from fisher_ray.linear.cholesky import factorise, solve
+from fisher_ray.linear.ridge import LinearWeights, check_penalties, to_raw
 from fisher_ray.linear.sums import GramSum, check_rows, standardise
 
 

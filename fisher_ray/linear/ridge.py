@@ -10,8 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_ray.errors import DataError, RequestError
+from fisher_ray.errors import RequestError
+from fisher_ray.linear.cholesky import factorise, solve
+from fisher_ray.linear.shifts import solve_shifted
 from fisher_ray.linear.sums import GramSum, standardise
+
+FAR = 1e3
+"""Penalties so many times apart do not share a factor: the Krylov space would grow too large."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]
     intercept being free, with ``λ = penalty · n``: ``n``, the number of rows, is the mean diagonal of ``X̃ᵀ X̃`` over the
     columns that vary. Constant columns get the weight 0, as do classes without rows.
 
-    Holds one or, for several penalties, two ``F × F`` float64 matrices besides the sums, and takes one Cholesky
-    factorisation (``F³ / 3`` operations) a penalty.
+    A penalty in the middle is factorised (``F³ / 3`` operations), and the others are solved in the Krylov space of that
+    factor (:func:`~fisher_ray.linear.shifts.solve_shifted`), which they share; those too far off for it, about three
+    orders of magnitude, have another factor. Holds one ``F × F`` float64 matrix besides the sums.
 
     Args:
         sums: over the training rows.
@@ -62,19 +68,25 @@ def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]
             definite in float64 (with collinear columns, below about 1e-6, where float32 products end).
     """
     check_penalties(penalties)
-    gram, mean, inverse = standardise(sums)
-    target_mean = sums.counts / sums.num_rows
-    cross = (sums.cross - np.outer(target_mean, sums.cross.sum(0))) * inverse
-    spare = np.zeros_like(gram) if len(penalties) > 1 else gram
-    models = []
-    for position, penalty in enumerate(penalties):
-        last = position == len(penalties) - 1
-        if not last:
-            np.copyto(spare, gram)
-        factor = factorise(gram if last else spare, penalty, sums.num_rows)
-        solved = solve(factor.mT, solve(factor, torch.from_numpy(cross).mT)).mT
-        models.append(to_raw(solved.numpy() * inverse, target_mean, mean, penalty))
-    return models
+    found: dict[float, LinearWeights] = {}
+    while left := sorted(set(penalties) - set(found)):
+        gram, mean, inverse = standardise(sums)
+        target_mean = sums.counts / sums.num_rows
+        cross = (sums.cross - np.outer(target_mean, sums.cross.sum(0))) * inverse
+        for penalty, solved in _solve_some(gram, torch.from_numpy(cross).mT, left, sums.num_rows).items():
+            found[penalty] = to_raw(solved.mT.numpy() * inverse, target_mean, mean, penalty)
+    return [found[penalty] for penalty in penalties]
+
+
+def _solve_some(gram: np.ndarray, right: Tensor, penalties: Sequence[float], num_rows: int) -> dict[float, Tensor]:
+    """Solve the systems ``(F, C)`` of the middle penalty and of those near enough to it; ``gram`` is overwritten."""
+    middle = math.sqrt(penalties[0]) * math.sqrt(penalties[-1])
+    pivot = min(penalties, key=lambda penalty: abs(math.log(penalty / middle)))
+    factor = factorise(gram, pivot, num_rows)
+    near = [penalty for penalty in penalties if penalty != pivot and abs(math.log(penalty / pivot)) < math.log(FAR)]
+    shifted = solve_shifted(factor, right, [(penalty - pivot) * num_rows for penalty in near]) if near else []
+    solved = {penalty: found for penalty, found in zip(near, shifted, strict=True) if found is not None}
+    return {pivot: solve(factor.mT, solve(factor, right)), **solved}
 
 
 def check_penalties(penalties: Sequence[float]) -> None:
@@ -86,33 +98,6 @@ def check_penalties(penalties: Sequence[float]) -> None:
     for penalty in penalties:
         if not (math.isfinite(penalty) and penalty > 0):
             raise RequestError(f"penalty {penalty} is not a positive number")
-
-
-def factorise(gram: np.ndarray, penalty: float, num_rows: int) -> Tensor:
-    """Replace ``gram`` (upper triangle) by the Cholesky factor of ``gram + penalty · n · I``.
-
-    Returns:
-        The lower factor ``L``, float64 ``(F, F)``, in the memory of ``gram``.
-
-    Raises:
-        DataError: if the matrix is not positive definite.
-    """
-    matrix = torch.from_numpy(gram).mT  # column-major, as LAPACK has it: so nothing is copied
-    matrix.diagonal().add_(penalty * num_rows)
-    info = torch.zeros((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    if int(info):
-        raise DataError(
-            f"with penalty {penalty} the standardised Gram matrix of {len(gram)} columns and {num_rows} rows is not "
-            "positive definite: columns are collinear. Raise linear.penalties."
-        )
-    return matrix
-
-
-def solve(factor: Tensor, right: Tensor) -> Tensor:
-    """Solve ``factor · X = right`` for a triangular factor ``(F, F)``, column-major if lower, row-major if upper."""
-    solved: Tensor = torch.linalg.solve_triangular(factor, right, upper=factor.stride(0) != 1)
-    return solved
 
 
 def to_raw(weight: np.ndarray, intercept: np.ndarray, mean: np.ndarray, penalty: float) -> LinearWeights:

@@ -5,6 +5,7 @@ from sklearn.linear_model import Ridge
 
 from fisher_ray.errors import DataError, RequestError
 from fisher_ray.linear import GramSum, ridge_path
+from fisher_ray.linear.cholesky import factorise
 from tests.linear.test_sums import rows, summed
 from tests.reference.linear import standardised
 
@@ -44,12 +45,30 @@ def test_scores_are_in_the_raw_columns_units():
     assert (model.weight.shape, model.bias.shape) == ((3, 10), (3,))
 
 
-def test_one_penalty_gives_the_same_bits_as_in_a_path():
-    sums = summed(*rows(300, 40))
-    path, alone = ridge_path(sums, PENALTIES), [ridge_path(sums, [penalty])[0] for penalty in PENALTIES]
-    assert all(
-        torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) for a, b in zip(path, alone, strict=True)
+@pytest.mark.parametrize("num_columns", [40, 400], ids=["space exhausted", "space grown"])
+def test_a_path_from_one_factorisation_equals_a_factorisation_for_each_penalty(num_columns, monkeypatch):
+    sums = summed(*rows(600, num_columns, dtype=torch.float64))
+    penalties = np.geomspace(0.01, 20, 20).tolist()
+    factorised = []
+    monkeypatch.setattr(
+        "fisher_ray.linear.ridge.factorise", lambda *given: factorised.append(given) or factorise(*given)
     )
+    path = ridge_path(sums, penalties)
+    assert len(factorised) == 1
+    for model in path:
+        (alone,) = ridge_path(sums, [model.penalty])
+        torch.testing.assert_close(model.weight, alone.weight, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(model.bias, alone.bias, rtol=1e-6, atol=1e-9)
+
+
+def test_penalties_far_apart_are_factorised_by_themselves():
+    sums = summed(*rows(100, 120, dtype=torch.float64))
+    penalties = [1e6, 1e-3, 1.0, 1e-5]
+    path = ridge_path(sums, penalties)
+    assert [model.penalty for model in path] == penalties
+    for model in path:
+        (alone,) = ridge_path(sums, [model.penalty])
+        torch.testing.assert_close(model.weight, alone.weight, rtol=1e-5, atol=1e-9)
 
 
 def test_fitting_leaves_the_sums_as_they_were():
