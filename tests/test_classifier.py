@@ -309,6 +309,36 @@ def test_the_penalty_is_the_one_that_predicts_held_out_rows_best(trained):
     assert weights.weight.shape == (NUM_CLASSES, parts["all"][0].shape[1])
 
 
+def test_other_labels_train_on_the_same_features(trained):
+    store, others = trained[2], torch.arange(300) % 2
+    others[10:40] = -1
+    weights = fisher_ray.train_linear(store, labels=others, penalties=(1.0,))
+    blocks = list(store_rows(store, "all", seed=0, validation=0.1, use_hidden=True, labels=others))
+    x, found = (np.concatenate([block[name].numpy() for block in blocks]) for name in ("x", "labels"))
+    assert np.array_equal(found, others[others >= 0])
+
+    columns, _, scale = standardised(x)
+    onehot = np.eye(2)[found]
+    gram = columns.T @ columns + len(x) * np.eye(x.shape[1])
+    expected = np.linalg.solve(gram, columns.T @ (onehot - onehot.mean(0))).T / scale
+    np.testing.assert_allclose(weights.weight.numpy() * scale, expected * scale, atol=1e-5)
+
+
+def test_balanced_classes_are_those_of_rows_repeated_as_often_as_they_count(trained, tmp_path):
+    model, metric, _, _, inputs, labels = trained
+    few = torch.cat([torch.arange(300)[labels == 0], torch.arange(300)[labels == 1][:20]])
+    weights = {1: 3.0}
+    repeated = torch.cat([few, few[labels[few] == 1], few[labels[few] == 1]])
+    made = []
+    for number, (rows, asked) in enumerate([(few, weights), (repeated, "none")]):
+        own = fisher_ray.write_features(
+            model, metric, inputs[rows], str(tmp_path / f"{number}.zarr"), labels=labels[rows], dtype="float32"
+        )
+        made.append(fisher_ray.train_linear(own, class_weights=asked, penalties=(1.0,), validation=0.2))
+    torch.testing.assert_close(made[0].weight, made[1].weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(made[0].bias, made[1].bias, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -316,6 +346,10 @@ def test_the_penalty_is_the_one_that_predicts_held_out_rows_best(trained):
         ({"penalties": (0.1, -1.0)}, "penalty -1.0 is not a positive number"),
         ({"validation": 0.0}, r"validation 0\.0"),
         ({"validation": 1.0}, r"validation 1\.0"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels \(3,\) are not integers from 0 .*\(300,\)"),
+        ({"labels": torch.full((300,), -2)}, "are not integers from 0"),
+        ({"labels": torch.full((300,), -1)}, "are not integers from 0"),
+        ({"labels": torch.zeros(300)}, "labels are torch.float32"),
     ],
     ids=str,
 )

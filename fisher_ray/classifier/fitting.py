@@ -18,7 +18,15 @@ from fisher_ray.config import CompressionConfig, Kind, LinearConfig, MetricConfi
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, RequestError
 from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of, precision_of
-from fisher_ray.linear import GramSum, LinearWeights, best_penalty, fit_temperature, ridge_path
+from fisher_ray.linear import (
+    ClassWeights,
+    GramSum,
+    LinearWeights,
+    best_penalty,
+    fit_temperature,
+    ridge_path,
+    weigh_classes,
+)
 from fisher_ray.linear.ridge import check_penalties
 from fisher_ray.metric import FisherSum, LowRankMetric, plan_compression
 from fisher_ray.stages.compression import choose_compression, plan
@@ -199,9 +207,11 @@ def train_linear(
     penalties: Sequence[float] = LinearConfig().penalties,
     validation: float = 0.1,
     hidden: bool = True,
+    labels: Tensor | None = None,
+    class_weights: ClassWeights = "none",
     seed: int = 0,
 ) -> LinearWeights:
-    """Fit a ridge regression on a feature store's labels, in this process.
+    """Fit a ridge regression on a feature store, in this process, to the store's labels or to others.
 
     The penalty and the temperature of the probabilities are chosen on rows held out of the store's; the model is then
     fitted on all rows.
@@ -211,6 +221,10 @@ def train_linear(
         penalties: grid, relative to the mean diagonal of the standardised Gram matrix.
         validation: share of the rows held out.
         hidden: whether the last hidden layer, where stored, is part of the columns, after the features.
+        labels: integers from 0, ``(N,)``, -1 for rows to leave out, instead of the stored ones: any classes, of any
+            number. The network is not touched again.
+        class_weights: as how many rows each class's rows count: ``none``, as one; ``balanced``, each class the same; or
+            weights by class.
         seed: of the choice of rows.
 
     Returns:
@@ -218,8 +232,8 @@ def train_linear(
 
     Raises:
         DataError: if a label is missing, or no rows are left to choose the penalty on.
-        RequestError: if there is no penalty, one is not positive, ``validation`` is not a share, or the features were
-            made with the true labels.
+        RequestError: if there is no penalty, one is not positive, ``validation`` is not a share, the features were
+            made with the true labels, or ``labels`` or ``class_weights`` are not the rows' and the classes'.
         StoreError: if a chunk is missing or corrupt.
     """
     if store.attributes.get("labels") == "true":
@@ -232,19 +246,28 @@ def train_linear(
         raise RequestError(
             f"penalties {tuple(penalties)} are not at least one, or validation {validation} not in (0, 1)"
         )
-    rows = partial(store_rows, store, seed=seed, validation=validation, use_hidden=hidden)
+    num_classes = store.arrays["logits"].shape[1]
+    if labels is not None:
+        check_integers(labels)
+        if labels.shape != (store.num_rows,) or not len(labels) or int(labels.min()) < -1 or int(labels.max()) < 0:
+            raise RequestError(f"labels {tuple(labels.shape)} are not integers from 0 (-1: none), ({store.num_rows},)")
+        num_classes = int(labels.max()) + 1
+    rows = partial(store_rows, store, seed=seed, validation=validation, use_hidden=hidden, labels=labels)
     columns = ("features", "hidden") if hidden and "hidden" in store.arrays else ("features",)
     num_columns = sum(math.prod(store.arrays[name].shape[1:]) for name in columns)
-    num_classes = store.arrays["logits"].shape[1]
+    weights = None
+    if class_weights != "none":
+        counted = torch.cat([block["labels"] for block in rows("all", use_features=False)])
+        weights = weigh_classes(class_weights, torch.bincount(counted.clamp(min=0), minlength=num_classes))
     sums = {part: GramSum.zeros(num_columns, num_classes) for part in ("fit", "validation")}
     for part, total in sums.items():
         for block in rows(part):
-            total.add(block["x"], block["labels"])
-    scores, labels = score_rows(rows("validation"), "x", ridge_path(sums["fit"], penalties))
-    best, _ = best_penalty(penalties, scores, labels)
+            total.add(block["x"], block["labels"], weights)
+    scores, truth = score_rows(rows("validation"), "x", ridge_path(sums["fit"], penalties))
+    best, _ = best_penalty(penalties, scores, truth)
     sums["fit"].merge(sums["validation"])
     model = ridge_path(sums["fit"], [penalties[best]])[0]
-    return replace(model, temperature=fit_temperature(scores[best], labels))
+    return replace(model, temperature=fit_temperature(scores[best], truth))
 
 
 def _refuse_row(row: int) -> None:

@@ -223,6 +223,8 @@ class LinearConfig(Section):
     """Share of the training rows cut off to choose the penalty."""
     penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0, 3.0)
     """Grid, relative to the mean diagonal of the standardised Gram matrix."""
+    class_weights: Literal["none", "balanced"] | dict[Annotated[int, Field(ge=0)], PositiveFloat] = "none"
+    """``balanced``: every class counts the same; or by class, as how many rows its rows count (1 if not named)."""
     max_steps: PositiveInt = 40
     """L-BFGS steps of ``logistic``."""
 

@@ -5,8 +5,10 @@ from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, precon
 from fisher_ray.linear.ridge import LinearWeights, ridge_path
 from fisher_ray.linear.scoring import accuracy, best_penalty, fit_temperature, wilson_interval
 from fisher_ray.linear.sums import GramSum, select_columns, standardise
+from fisher_ray.linear.weighting import ClassWeights, weigh_classes
 
 __all__ = [
+    "ClassWeights",
     "GramSum",
     "LinearWeights",
     "Minimum",
@@ -21,5 +23,6 @@ __all__ = [
     "select_columns",
     "standardise",
     "sum_gradients",
+    "weigh_classes",
     "wilson_interval",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from fisher_ray.errors import DataError
 
 
-def factorise(gram: np.ndarray, penalty: float, num_rows: int) -> Tensor:
+def factorise(gram: np.ndarray, penalty: float, num_rows: float) -> Tensor:
     """Replace ``gram`` (upper triangle) by the Cholesky factor of ``gram + penalty · n · I``.
 
     Returns:
@@ -24,7 +24,7 @@ def factorise(gram: np.ndarray, penalty: float, num_rows: int) -> Tensor:
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     if int(info):
         raise DataError(
-            f"with penalty {penalty} the standardised Gram matrix of {len(gram)} columns and {num_rows} rows is not "
+            f"with penalty {penalty} the standardised Gram matrix of {len(gram)} columns and {num_rows:g} rows is not "
             "positive definite: columns are collinear. Raise linear.penalties."
         )
     return matrix

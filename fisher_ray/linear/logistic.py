@@ -29,7 +29,7 @@ class Preconditioner:
         inverse: the columns' ``1 / σ``, 0 where constant, float64 ``(F,)``.
         factor: ``√n L``, lower, float64 ``(F, F)``.
         penalty: relative.
-        num_rows: ``n``.
+        num_rows: ``n``, or the sum of the rows' weights.
         num_classes: ``C``.
     """
 
@@ -37,7 +37,7 @@ class Preconditioner:
     inverse: Tensor
     factor: Tensor
     penalty: float
-    num_rows: int
+    num_rows: float
     num_classes: int
 
     def start(self) -> Tensor:
@@ -99,7 +99,9 @@ def preconditioner(sums: GramSum, penalty: float) -> Preconditioner:
     )
 
 
-def loss_and_gradient(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, Tensor, Tensor]:
+def loss_and_gradient(
+    x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, class_weights: Tensor | None = None
+) -> tuple[float, Tensor, Tensor]:
     """Sum the cross-entropy of some rows, and its gradient in the raw weight and bias.
 
     Matrix products are taken in the dtype of ``x``, the softmax and the sums in float64; results of several chunks add.
@@ -109,6 +111,7 @@ def loss_and_gradient(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -
         labels: integers in ``[0, C)``, ``(B,)``.
         weight: ``(C, F)``.
         bias: ``(C,)``.
+        class_weights: as how many rows each class's rows count, ``(C,)``; 1 if left out.
 
     Returns:
         The loss, and the gradients ``(C, F)`` and ``(C,)``, float64, on the CPU.
@@ -122,27 +125,32 @@ def loss_and_gradient(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -
     logs = logits.log_softmax(1)
     onehot = torch.nn.functional.one_hot(labels.long(), num_classes).to(logits)
     residual = logs.exp() - onehot
+    if class_weights is not None:
+        weights = class_weights.to(logs)[labels.long().to(logs.device)][:, None]
+        onehot, residual = onehot * weights, residual * weights
     gradient = residual.to(x.dtype).T @ x
     return -float((onehot * logs).sum()), gradient.double().cpu(), residual.sum(0).cpu()
 
 
 def sum_gradients(
-    blocks: Iterable[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor
-) -> tuple[int, float, Tensor, Tensor]:
+    blocks: Iterable[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor, class_weights: Tensor | None = None
+) -> tuple[float, float, Tensor, Tensor]:
     """Add :func:`loss_and_gradient` over blocks of features ``(B, F)`` and labels ``(B,)``.
 
     Returns:
-        The number of rows, the loss, and the gradients ``(C, F)`` and ``(C,)``, float64, on the CPU.
+        The number of rows, or the sum of their weights; the loss; and the gradients ``(C, F)`` and ``(C,)``, float64,
+        on the CPU.
 
     Raises:
         DataError: as :func:`loss_and_gradient`.
     """
-    rows, loss = 0, 0.0
+    rows = loss = 0.0
     by_weight = torch.zeros(weight.shape, dtype=torch.float64)
     by_bias = torch.zeros(bias.shape, dtype=torch.float64)
     for x, labels in blocks:
-        more, d_weight, d_bias = loss_and_gradient(x, labels, weight, bias)
-        rows, loss = rows + len(labels), loss + more
+        more, d_weight, d_bias = loss_and_gradient(x, labels, weight, bias, class_weights)
+        rows += len(labels) if class_weights is None else float(class_weights[labels.to(class_weights.device)].sum())
+        loss += more
         by_weight += d_weight
         by_bias += d_bias
     return rows, loss, by_weight, by_bias

@@ -78,7 +78,7 @@ def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]
     return [found[penalty] for penalty in penalties]
 
 
-def _solve_some(gram: np.ndarray, right: Tensor, penalties: Sequence[float], num_rows: int) -> dict[float, Tensor]:
+def _solve_some(gram: np.ndarray, right: Tensor, penalties: Sequence[float], num_rows: float) -> dict[float, Tensor]:
     """Solve the systems ``(F, C)`` of the middle penalty and of those near enough to it; ``gram`` is overwritten."""
     middle = math.sqrt(penalties[0]) * math.sqrt(penalties[-1])
     pivot = min(penalties, key=lambda penalty: abs(math.log(penalty / middle)))

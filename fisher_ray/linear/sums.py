@@ -16,6 +16,7 @@ BLOCK_ROWS = 2048
 """Rows of one float32 product: enough to pay for the float64 sum, few enough to bound rounding and memory."""
 CONSTANT = 1e-10
 """A column whose variance is at most this share of its mean square counts as constant: float32 resolves no more."""
+TINY = float(np.finfo(np.float64).tiny)
 
 
 class GramSum:
@@ -27,7 +28,7 @@ class GramSum:
     Attributes:
         gram: ``Σ x xᵀ``, upper triangle, ``(F, F)``.
         cross: ``Σ onehot(y) xᵀ``, ``(C, F)``; its columns' sums are ``Σ x``.
-        counts: rows of each class, ``(C,)``.
+        counts: rows of each class, or their weights, ``(C,)``.
     """
 
     def __init__(self, gram: np.ndarray, cross: np.ndarray, counts: np.ndarray) -> None:
@@ -73,11 +74,11 @@ class GramSum:
         return len(self.counts)
 
     @property
-    def num_rows(self) -> int:
-        """Rows added so far."""
-        return round(float(self.counts.sum()))
+    def num_rows(self) -> float:
+        """Rows added so far, or the sum of their weights."""
+        return float(self.counts.sum())
 
-    def add(self, x: Tensor, labels: Tensor) -> None:
+    def add(self, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
         """Add rows.
 
         Products are taken in float32 (in float64 for float64 rows), in blocks of :data:`BLOCK_ROWS` rows about the
@@ -88,6 +89,7 @@ class GramSum:
         Args:
             x: ``(B, F)``, float32 or float64, on any device.
             labels: integers in ``[0, C)``, ``(B,)``.
+            weights: as how many rows each class's rows count, ``(C,)``, not negative; 1 if left out.
 
         Raises:
             DataError: if the shapes do not fit, a label is out of range, or a feature is NaN or infinite.
@@ -96,7 +98,10 @@ class GramSum:
         self._check_writeable()
         check_rows(x, labels, self.num_columns, self.num_classes)
         for start in range(0, len(x), BLOCK_ROWS):
-            self._add_block(x[start : start + BLOCK_ROWS], labels[start : start + BLOCK_ROWS])
+            part = slice(start, start + BLOCK_ROWS)
+            self._add_block(
+                x[part], labels[part], None if weights is None else weights[labels[part].to(weights.device)]
+            )
 
     def merge(self, other: GramSum) -> None:
         """Add the rows of ``other``.
@@ -115,16 +120,21 @@ class GramSum:
         if not all(array.flags.writeable for array in self.to_arrays().values()):
             raise RequestError("these sums are read-only; start from GramSum.zeros and merge them into it")
 
-    def _add_block(self, x: Tensor, labels: Tensor) -> None:
+    def _add_block(self, x: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+        """Add rows ``(B, F)`` of these weights ``(B,)``."""
         onehot = torch.nn.functional.one_hot(labels.long(), self.num_classes).to(x.device, torch.float64)
+        if weights is not None:
+            onehot *= weights.to(onehot)[:, None]
         cross = torch.cat([onehot.T @ x[:, tile].double() for tile in tiles(self.num_columns)], 1).cpu()
         total = cross.sum(0)
         if not bool(total.isfinite().all()):
             row = int((~x.isfinite()).any(1).nonzero()[0])
             raise DataError(f"a feature of row {row} of these {len(x)} is NaN or infinite: verify the feature store")
-        mean = (total / len(x)).to(x.dtype)
-        self._add_products(x - mean.to(x.device))
-        self._add_means(mean.double(), total, len(x))
+        num_rows = len(x) if weights is None else float(onehot.sum())
+        mean = (total / max(num_rows, TINY)).to(x.dtype)  # rows that all weigh nothing have no mean, and add nothing
+        centred = x - mean.to(x.device)
+        self._add_products(centred if weights is None else centred * weights.sqrt().to(x)[:, None])
+        self._add_means(mean.double(), total, num_rows)
         self.cross += cross.numpy()
         self.counts += onehot.sum(0).cpu().numpy()
 
@@ -133,7 +143,7 @@ class GramSum:
             tile = self.gram[rows, columns]
             np.add(tile, (centred[:, rows].T @ centred[:, columns]).cpu().numpy(), out=tile)
 
-    def _add_means(self, mean: Tensor, total: Tensor, num_rows: int) -> None:
+    def _add_means(self, mean: Tensor, total: Tensor, num_rows: float) -> None:
         """Add ``m sᵀ + (s − B m) mᵀ``: what ``Σ (x − m)(x − m)ᵀ`` lacks of ``Σ x xᵀ``, for any ``m``."""
         left = torch.stack([mean, total - num_rows * mean], 1)
         right = torch.stack([total, mean])

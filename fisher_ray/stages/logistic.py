@@ -205,7 +205,7 @@ def _sum_gradient(bench: Workbench, store: FeatureStore, unit: Unit, order: Orde
     """Return rows, loss, gradient in the weight and in the bias, one after the other: float64 ``(2 + C · F + C,)``."""
     read = shallow.linear_rows(bench, store, order.part, range(unit.start, unit.stop))
     blocks = ((block["x"].to(bench.device), block["labels"]) for block in read)
-    rows, loss, by_weight, by_bias = sum_gradients(blocks, order.weight, order.bias)
+    rows, loss, by_weight, by_bias = sum_gradients(blocks, order.weight, order.bias, bench.class_weights)
     return torch.cat([torch.tensor([rows, loss], dtype=torch.float64), by_weight.reshape(-1), by_bias])
 
 
@@ -259,7 +259,7 @@ class _Leader:
         return {
             "path": path,
             **chosen,
-            "num_rows": sums.num_rows,
+            "num_rows": round(sums.num_rows),
             "num_columns": sums.num_columns,
             **final.facts(),
         }
@@ -278,10 +278,10 @@ class _Leader:
 
         def evaluate(params: Tensor) -> tuple[float, Tensor]:
             rows, loss, by_weight, by_bias = self._gradient(part, *coordinates.raw(params))
-            if rows != coordinates.num_rows:
+            if not math.isclose(rows, coordinates.num_rows, rel_tol=1e-9):
                 raise DataError(
-                    f"the features' part {part!r} has {rows} rows, its sums have {coordinates.num_rows}: they are not "
-                    "of one run. Run the stage 'linear' again."
+                    f"the features' part {part!r} has {rows:g} rows, its sums have {coordinates.num_rows:g}: they are "
+                    "not of one run. Run the stage 'linear' again."
                 )
             return coordinates.objective(params, loss, by_weight, by_bias)
 
@@ -289,12 +289,12 @@ class _Leader:
         found = minimise(evaluate, start, self._bench.config.linear.max_steps, self._tolerance)
         return _Fit(coordinates.model(found.params), coordinates.raw(found.params), found)
 
-    def _gradient(self, part: Part, weight: Tensor, bias: Tensor) -> tuple[int, float, Tensor, Tensor]:
+    def _gradient(self, part: Part, weight: Tensor, bias: Tensor) -> tuple[float, float, Tensor, Tensor]:
         """Return rows, loss, and its gradients, summed over all leaves of ``part``."""
         total = torch.zeros(2 + weight.numel() + bias.numel(), dtype=torch.float64)
         self._share.order(Order("gradient", part, weight, bias), total.add_)
         rows, loss = total[:2].tolist()
-        return int(rows), loss, total[2 : 2 + weight.numel()].view_as(weight), total[2 + weight.numel() :]
+        return rows, loss, total[2 : 2 + weight.numel()].view_as(weight), total[2 + weight.numel() :]
 
     def _validate(self, models: list[LinearWeights]) -> tuple[list[Tensor], Tensor]:
         """Score the validation rows once, with all models' weights as those of one: ``(N, C)`` each, and labels."""

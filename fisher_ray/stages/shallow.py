@@ -63,6 +63,7 @@ def store_rows(
     validation: float,
     use_features: bool = True,
     use_hidden: bool,
+    labels: Tensor | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield blocks of rows: ``x`` ``(B, F)``, ``hidden`` (where stored), ``logits``, ``labels``, ``index``.
 
@@ -74,14 +75,18 @@ def store_rows(
         validation: share of the rows held out.
         use_features: whether the features are read, and part of ``x``.
         use_hidden: whether the last hidden layer, where stored, is part of ``x``, after the features.
+        labels: instead of the stored ones, by sample index; rows of -1 are left out.
     """
     columns = [*(["features"] if use_features else []), *(["hidden"] if use_hidden else [])]
     wanted = ("features",) if use_features else ()
     names = [name for name in store.arrays if name in (*wanted, "labels", "index", "logits", "hidden")]
     waiting: list[dict[str, np.ndarray]] = []
     for chunk in store.iter_chunks(names, rows):
+        if labels is not None:
+            chunk["labels"] = labels.numpy()[chunk["index"]]
         held = keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(chunk["index"])).numpy()
         keep = {"all": held >= 0, "fit": held >= validation, "validation": held < validation}[part]
+        keep &= True if labels is None else chunk["labels"] >= 0
         waiting.append(chunk if keep.all() else {name: value[keep] for name, value in chunk.items()})
         if sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
             yield _joined(waiting, columns)
@@ -102,7 +107,7 @@ def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
     columns = num_columns(bench.config, bench.facts, bench.metric.rank)
     sums = GramSum.zeros(columns, bench.facts.num_classes)
     for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
-        sums.add(block["x"], block["labels"])
+        sums.add(block["x"], block["labels"], bench.class_weights)
     return sums.to_arrays()
 
 
@@ -134,7 +139,7 @@ def fit_ridge(
     sums = merge_sums(fit, validation)
     model = ridge_path(sums, [penalty])[0]
     save_weights(bench, "weights", replace(model, temperature=temperature))
-    return {"num_rows": sums.num_rows, "num_columns": sums.num_columns}
+    return {"num_rows": round(sums.num_rows), "num_columns": sums.num_columns}
 
 
 def merge_sums(fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> GramSum:
@@ -205,7 +210,7 @@ class _HiddenRows:
 def _hidden_sums(bench: Workbench, rows: _HiddenRows, part: str) -> GramSum:
     sums = GramSum.zeros(int(bench.facts.hidden or 0), bench.facts.num_classes)
     for block in rows.of(part):
-        sums.add(block["x"], block["labels"])
+        sums.add(block["x"], block["labels"], bench.class_weights)
     return sums
 
 
@@ -214,7 +219,7 @@ def _fit_logistic(bench: Workbench, rows: _HiddenRows, sums: GramSum, penalty: f
 
     def evaluate(params: Tensor) -> tuple[float, Tensor]:
         blocks = ((block["x"], block["labels"]) for block in rows.of(part))
-        _, loss, by_weight, by_bias = sum_gradients(blocks, *coordinates.raw(params))
+        _, loss, by_weight, by_bias = sum_gradients(blocks, *coordinates.raw(params), bench.class_weights)
         return coordinates.objective(params, loss, by_weight, by_bias)
 
     found = minimise(evaluate, coordinates.start(), bench.config.linear.max_steps, 1e-3)

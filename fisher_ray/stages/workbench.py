@@ -17,6 +17,7 @@ from fisher_ray.config import Config
 from fisher_ray.data import Source, check_source, load_batches, open_source
 from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
 from fisher_ray.gradients import Compressor, ScoreEngine, precision_of
+from fisher_ray.linear import weigh_classes
 from fisher_ray.metric import FisherSum, LowRankMetric, bases_from
 from fisher_ray.records import Batch, Compression
 from fisher_ray.stages import compression
@@ -24,7 +25,7 @@ from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.memory import choose_micro_batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
 from fisher_ray.storage import Storage
-from fisher_ray.store import load_arrays
+from fisher_ray.store import load_arrays, open_features
 
 BASE_FILE = "base/model.safetensors"
 SPLITS = ("train", "shallow", "test")
@@ -104,6 +105,17 @@ class Workbench:
     def metric(self) -> LowRankMetric:
         """The metric."""
         return LowRankMetric.load(self.url("metric.zarr"))
+
+    @cached_property
+    def class_weights(self) -> torch.Tensor | None:
+        """As how many rows each class's rows count in the linear model, ``(C,)``; None if as one."""
+        asked = self.config.linear.class_weights
+        if asked == "none":
+            return None
+        counts = torch.zeros(self.facts.num_classes, dtype=torch.int64)
+        for chunk in open_features(self.url("features/train.zarr")).iter_chunks(["labels"]):
+            counts += torch.bincount(torch.from_numpy(chunk["labels"]), minlength=len(counts))
+        return weigh_classes(asked, counts)
 
 
 def score_engine(config: Config, model: nn.Module, graph_batch: int | None = None) -> ScoreEngine:

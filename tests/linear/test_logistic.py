@@ -5,7 +5,16 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.linear import accuracy, loss_and_gradient, minimise, preconditioner, ridge_path
+from fisher_ray.linear import (
+    GramSum,
+    accuracy,
+    loss_and_gradient,
+    minimise,
+    preconditioner,
+    ridge_path,
+    sum_gradients,
+    weigh_classes,
+)
 from tests.linear.test_sums import rows, summed
 from tests.reference.linear import logistic_objective, standardised
 
@@ -155,3 +164,35 @@ def test_losses_of_chunks_add_up_to_that_of_all_rows():
     )
     for total, a, b in zip(whole, first, second, strict=True):
         np.testing.assert_allclose(total, a + b, rtol=1e-12, atol=1e-12)
+
+
+def test_balanced_classes_have_the_optimum_of_scikit_learns_balanced_weights(digits):
+    x, labels = digits
+    keep = torch.cat([torch.arange(len(labels))[labels == c][: 20 + 10 * c] for c in range(10)])
+    x, labels = x[keep].double(), labels[keep]
+    weights = weigh_classes("balanced", torch.bincount(labels))
+    sums = GramSum.zeros(x.shape[1], 10)
+    sums.add(x, labels, weights)
+    coordinates = preconditioner(sums, 0.1)
+
+    def evaluate(params):
+        rows, *found = sum_gradients([(x, labels)], *coordinates.raw(params), weights)
+        assert rows == pytest.approx(coordinates.num_rows)
+        return coordinates.objective(params, *found)
+
+    model = coordinates.model(minimise(evaluate, coordinates.start(), 400, 1e-6).params)
+    centre = np.average(x.numpy(), axis=0, weights=weights[labels].numpy())
+    deviation = np.sqrt(np.average((x.numpy() - centre) ** 2, axis=0, weights=weights[labels].numpy()))
+    varies = deviation > 0
+    columns = (x.numpy()[:, varies] - centre[varies]) / deviation[varies]
+    oracle = LogisticRegression(C=10 / (0.1 * len(x)), tol=1e-10, max_iter=10_000, class_weight="balanced")
+    oracle.fit(columns, labels.numpy())
+    weight = model.weight.numpy()[:, varies] * deviation[varies]
+    np.testing.assert_allclose(weight - weight.mean(0), oracle.coef_ - oracle.coef_.mean(0), atol=1e-4)
+
+
+def test_a_weight_of_no_class_is_refused_naming_it():
+    with pytest.raises(RequestError, match=r"class 3 the weight 2\.0: classes are 0 to 2"):
+        weigh_classes({3: 2.0}, torch.ones(3))
+    with pytest.raises(RequestError, match=r"class 1 the weight 0\.0"):
+        weigh_classes({1: 0.0}, torch.ones(3))

@@ -44,6 +44,20 @@ def test_sums_over_tiles_and_blocks_equal_the_products_of_whole_matrices(num_col
     assert (sums.num_rows, sums.num_columns, sums.num_classes) == (45, num_columns, 3)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_that_weigh_two_are_added_twice():
+    x, labels = rows(45, 9, dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    weighted = GramSum.zeros(9, 3)
+    weighted.add(100 + x, labels, weights)
+    keep = torch.cat([torch.arange(45)[labels == 0], *2 * [torch.arange(45)[labels == 1]]])
+    expected = summed(100 + x[keep], labels[keep])
+    np.testing.assert_allclose(np.triu(weighted.gram), np.triu(expected.gram), rtol=1e-12)
+    np.testing.assert_allclose(weighted.cross, expected.cross, rtol=1e-12)
+    np.testing.assert_allclose(weighted.counts, expected.counts, rtol=1e-12)
+    assert weighted.num_rows == pytest.approx(len(keep))
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0, 30.0, 1000.0])
 def test_the_standardised_gram_of_float32_rows_is_right_to_1e5_however_far_from_zero(offset):
     x, labels = rows(5000, 1100)
