@@ -225,7 +225,7 @@ class _Run:
         fit = self._sum_gram(units, "fit")
         chosen = self._solo("linear", shallow.choose_penalty, fit)
         validation = self._sum_gram(units, "validation")
-        kept = {name: chosen[name] for name in ("penalty", "temperature")}
+        kept = {name: chosen[name] for name in ("penalty", "rank", "damping", "temperature")}
         fitted = self._solo("linear", shallow.fit_ridge, fit, validation, **kept)
         self._export_classifier()
         return {**chosen, **fitted}
@@ -265,7 +265,8 @@ class _Run:
 
     def _train_on(self) -> dict[str, Any]:
         asked = self._config.trained_on.seconds if self._config.trained_on is not None else "auto"
-        shallow_s = sum(self._journal.seconds(name) for name in ("basis", "metric", *self._feature_stages(), "linear"))
+        # Not of the test rows: those predictions are no part of training, and the network's are not timed either.
+        shallow_s = sum(self._journal.seconds(name) for name in ("basis", "metric", "features/train", "linear"))
         return self._solo("trained_on", training.train_on, seconds=shallow_s if asked == "auto" else asked)
 
     def _write_report(self) -> dict[str, Any]:
@@ -340,9 +341,6 @@ class _Run:
 
     def _fingerprints(self) -> dict[str, Any]:
         return {"model": self._journal.result("base")["fingerprint"], "data": self._facts.fingerprints}
-
-    def _feature_stages(self) -> list[str]:
-        return [f"features/{name}" for name in FEATURE_STORES]
 
     def _url(self, name: str) -> str:
         return f"{self._config.output.rstrip('/')}/{name}"

@@ -91,6 +91,12 @@ def test_keys_left_out_take_the_documented_defaults():
         ("metric={size: 20, rank: 30, estimator: nystrom}", ["size 20", "rank 30"]),
         ("metric={centered: true, estimator: frequent_directions}", ["mean", "centered"]),
         ("metric.centered=true", ["centered", "zero"]),
+        ("linear.ranks=[4096]", ["linear.ranks", "4096", "metric.rank 1024"]),
+        ("linear.ranks=[]", ["linear.ranks"]),
+        ("linear={model: logistic, ranks: [4]}", ["ranks", "'ridge'", "'logistic'"]),
+        ("linear.dampings=[-1]", ["linear.dampings", "-1"]),
+        ("linear.class_weights={-1: 2}", ["linear.class_weights", "-1"]),
+        ("linear.class_weights=equal", ["linear.class_weights", "'balanced'", "'equal'"]),
         ("metric={draws: 3, labels: true}", ["draws 3", "'true'"]),
     ],
 )

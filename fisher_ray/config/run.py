@@ -60,6 +60,8 @@ class Config(Section):
         self.metric.check_labels(self.metric_labels)
         if "identity" not in self.compression.kinds and self.metric.rank > self.compression.dim:
             raise ValueError(f"metric.rank {self.metric.rank} is more than compression.dim {self.compression.dim}")
+        if max(self.linear.ranks or (0,)) > self.metric.rank:
+            raise ValueError(f"linear.ranks {list(self.linear.ranks or ())} go beyond metric.rank {self.metric.rank}")
         if self.base is not None and max(self.base.snapshots, default=0) > self.base.steps:
             raise ValueError(f"base.snapshots {list(self.base.snapshots)} go beyond base.steps {self.base.steps}")
         return self

@@ -89,7 +89,7 @@ class TrainedOnConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     seconds: Literal["auto"] | PositiveFloat = "auto"
-    """``auto``: what metric, features and linear model took."""
+    """``auto``: what metric, features of the training rows and linear model took."""
 
 
 class ScoresConfig(Section):
@@ -222,11 +222,24 @@ class LinearConfig(Section):
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the training rows cut off to choose the penalty."""
     penalties: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    """Grid, relative to the mean diagonal of the standardised Gram matrix."""
+    """Grid, relative to the mean diagonal of the standardised Gram matrix; ``ridge`` has them all from one
+    factorisation, so more of them cost it little."""
+    ranks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """How many features of each score ``ridge`` uses, those of the largest eigenvalues: the validation rows choose
+    among these too; null: all."""
+    dampings: Annotated[tuple[Annotated[float, Field(ge=0)] | None, ...], Field(min_length=1)] = (None,)
+    """The same for the damping of the features that ``ridge`` sees, relative to the mean eigenvalue; null: columns are
+    standardised, which takes any damping out."""
     class_weights: Literal["none", "balanced"] | dict[Annotated[int, Field(ge=0)], PositiveFloat] = "none"
     """``balanced``: every class counts the same; or by class, as how many rows its rows count (1 if not named)."""
     max_steps: PositiveInt = 40
     """L-BFGS steps of ``logistic``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LinearConfig:
+        if self.model != "ridge" and (self.ranks is not None or self.dampings != (None,)):
+            raise ValueError(f"ranks and dampings are chosen among by model 'ridge' alone, not {self.model!r}")
+        return self
 
 
 class RuntimeConfig(Section):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_ray.errors import RequestError
 from fisher_ray.linear.cholesky import factorise, solve
+from fisher_ray.linear.columns import Columns
 from fisher_ray.linear.shifts import solve_shifted
 from fisher_ray.linear.sums import GramSum, standardise
 
@@ -44,7 +45,7 @@ class LinearWeights:
         return (scores / self.temperature).softmax(dim=-1)
 
 
-def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]:
+def ridge_path(sums: GramSum, penalties: Sequence[float], columns: Columns | None = None) -> list[LinearWeights]:
     """Fit one ridge regression for each penalty.
 
     Minimises ``‖Ỹ − X̃ W̃ᵀ‖² + λ ‖W̃‖²`` over the standardised columns ``X̃`` and the centred one-hot labels ``Ỹ``, the
@@ -58,9 +59,10 @@ def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]
     Args:
         sums: over the training rows.
         penalties: positive, relative.
+        columns: which of the columns, and what each is multiplied by once standardised; by default all, as they are.
 
     Returns:
-        The models in the penalties' order.
+        The models, of all ``F`` columns, in the penalties' order.
 
     Raises:
         RequestError: if a penalty is not positive and finite.
@@ -68,13 +70,16 @@ def ridge_path(sums: GramSum, penalties: Sequence[float]) -> list[LinearWeights]
             definite in float64 (with collinear columns, below about 1e-6, where float32 products end).
     """
     check_penalties(penalties)
+    columns = columns or Columns.all(sums.num_columns)
     found: dict[float, LinearWeights] = {}
     while left := sorted(set(penalties) - set(found)):
-        gram, mean, inverse = standardise(sums)
+        gram, mean, inverse = standardise(sums, columns)
         target_mean = sums.counts / sums.num_rows
-        cross = (sums.cross - np.outer(target_mean, sums.cross.sum(0))) * inverse
+        cross = (sums.cross[:, columns.index] - np.outer(target_mean, mean * sums.num_rows)) * inverse
         for penalty, solved in _solve_some(gram, torch.from_numpy(cross).mT, left, sums.num_rows).items():
-            found[penalty] = to_raw(solved.mT.numpy() * inverse, target_mean, mean, penalty)
+            weight = solved.mT.numpy() * inverse
+            bias = torch.from_numpy(target_mean - weight @ mean).float()
+            found[penalty] = LinearWeights(torch.from_numpy(columns.spread(weight)).float(), bias, penalty)
     return [found[penalty] for penalty in penalties]
 
 

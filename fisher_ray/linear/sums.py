@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisher_ray.errors import DataError, RequestError
+from fisher_ray.linear.columns import Columns
 
 TILE = 1024
 """Columns of one tile of the Gram matrix: its float32 product stays in the processor's cache."""
@@ -176,47 +177,36 @@ def check_rows(x: Tensor, labels: Tensor, num_columns: int, num_classes: int) ->
         raise DataError(f"label {int(outside[0])} is not in [0, {num_classes})")
 
 
-def select_columns(sums: GramSum, columns: slice) -> GramSum:
-    """Return the sums of some columns alone, copied.
+def standardise(sums: GramSum, columns: Columns | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standardise columns through the sums alone.
 
     Args:
         sums: of ``F`` columns.
-        columns: as in indexing; the step has to be positive.
-
-    Raises:
-        RequestError: if no column is left or the step is negative.
-    """
-    start, stop, step = columns.indices(sums.num_columns)
-    if step < 0 or start >= stop:
-        raise RequestError(f"{columns} keeps no columns of {sums.num_columns} in order")
-    return GramSum(sums.gram[columns, columns].copy(), sums.cross[:, columns].copy(), sums.counts.copy())
-
-
-def standardise(sums: GramSum) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Standardise the columns through the sums alone.
+        columns: which of them, and what each is multiplied by afterwards; by default all, as they are.
 
     Returns:
-        The standardised Gram matrix ``Σ x̃ x̃ᵀ``, ``x̃ = (x − μ) / σ``, upper triangle, ``(F, F)``: its diagonal is the
-        number of rows, or 0 for a constant column; ``μ``, ``(F,)``; and ``1 / σ``, ``(F,)``, 0 for a constant column.
+        The Gram matrix ``Σ x̃ x̃ᵀ``, ``x̃ = s (x − μ) / σ``, upper triangle, ``(F', F')``: its diagonal is the number of
+        rows times ``s²``, or 0 for a constant column; ``μ``, ``(F',)``; and ``s / σ``, ``(F',)``, 0 for a constant
+        column.
 
     Raises:
         DataError: if there are no rows, or the sums are not finite.
     """
-    num_rows = sums.num_rows
+    num_rows, columns = sums.num_rows, columns or Columns.all(sums.num_columns)
     if num_rows == 0:
         raise DataError("a linear model was asked for on no rows: all were skipped, or the split is empty")
-    total, square = sums.cross.sum(0), sums.gram.diagonal() / num_rows
+    total, square = sums.cross.sum(0)[columns.index], sums.gram.diagonal()[columns.index] / num_rows
     if not (np.isfinite(total).all() and np.isfinite(square).all()):
         raise DataError("the sums hold NaN or infinity: the features overflow float32 products, scale them")
     mean = total / num_rows
     variance = square - mean**2
     varies = variance > CONSTANT * square
-    inverse = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0.0)
-    gram = np.zeros_like(sums.gram)
-    for rows, columns in tile_pairs(sums.num_columns):
-        tile = gram[rows, columns]
-        np.multiply(total[rows, None], mean[columns], out=tile)
-        np.subtract(sums.gram[rows, columns], tile, out=tile)
+    inverse = np.where(varies, columns.scales / np.sqrt(np.where(varies, variance, 1)), 0.0)
+    gram = np.zeros(2 * [len(columns.index)])
+    for rows, across in tile_pairs(len(columns.index)):
+        tile = gram[rows, across]
+        np.multiply(total[rows, None], mean[across], out=tile)
+        np.subtract(sums.gram[np.ix_(columns.index[rows], columns.index[across])], tile, out=tile)
         tile *= inverse[rows, None]
-        tile *= inverse[columns]
+        tile *= inverse[across]
     return gram, mean, inverse

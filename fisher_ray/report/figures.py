@@ -33,6 +33,8 @@ _STYLE: dict[Any, Any] = {
 }
 MOST_LAYERS = 8
 """Layers whose spectra are drawn."""
+MOST_TICKS = 6
+"""Penalties that have a tick each; of more, the decades have one."""
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 _INCHES = 4.6
 """Width: on a phone the letters are then about as large as the page's."""
@@ -121,21 +123,39 @@ def stage_seconds(stages: Mapping[str, float]) -> str:
 
 @mpl.rc_context(_STYLE)
 def penalty_path(path: Sequence[Mapping[str, Any]]) -> str:
-    """Draw validation accuracy against the penalty, the best one marked."""
-    points = sorted((float(point["penalty"]), float(point["accuracy"])) for point in path)
-    best = max(points, key=lambda point: point[1])
+    """Draw validation accuracy against the penalty, a line for each rank and damping, the best point marked."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in path:
+        lines.setdefault(_variant(point), []).append((float(point["penalty"]), float(point["accuracy"])))
+    best = max((point for points in lines.values() for point in points), key=lambda point: point[::-1])
     figure, axes = _start(3.0)
-    axes.semilogx(*zip(*points, strict=True), color=_BAR, marker="o", linewidth=2)
+    for number, points in enumerate(lines.values()):
+        style = _DASHES[number % len(_DASHES)]
+        axes.semilogx(*zip(*sorted(points), strict=True), color=_BAR, marker="o", linewidth=2, linestyle=style)
     axes.plot(*best, color=_ACCENT, marker="o", markersize=9)
     axes.annotate(f"{best[0]:g}: {percent(best[1])}", best, (0, 9), textcoords="offset points", ha="center")
-    axes.set_xticks([penalty for penalty, _ in points], [f"{penalty:g}" for penalty, _ in points])
-    axes.minorticks_off()
+    if len(lines) > 1:
+        axes.legend([name or "all" for name in lines], frameon=False, fontsize="small")
+    penalties = sorted({penalty for points in lines.values() for penalty, _ in points})
+    if len(penalties) <= MOST_TICKS:
+        axes.set_xticks(penalties, [f"{penalty:g}" for penalty in penalties])
+        axes.minorticks_off()
     axes.margins(x=0.16, y=0.25)
     axes.set(xlabel="penalty, relative", ylabel="validation accuracy")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.1f} %")
     axes.grid(True, linewidth=0.5)
-    text = ", ".join(f"{percent(accuracy)} at {penalty:g}" for penalty, accuracy in points)
+    text = "; ".join(
+        f"{name}: " * bool(name)
+        + ", ".join(f"{percent(accuracy)} at {penalty:g}" for penalty, accuracy in sorted(points))
+        for name, points in lines.items()
+    )
     return _svg(figure, "penalty", f"Line chart of validation accuracy against the penalty: {text}.")
+
+
+def _variant(point: Mapping[str, Any]) -> str:
+    """Say which rank and damping a point of the path has, where they were chosen among."""
+    parts = [f"{name} {point[name]:g}" for name in ("rank", "damping") if point.get(name) is not None]
+    return ", ".join(parts)
 
 
 def _start(height: float) -> tuple[Figure, Axes]:

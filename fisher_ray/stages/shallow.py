@@ -13,10 +13,13 @@ from torch import Tensor
 from fisher_ray.errors import DataError
 from fisher_ray.gradients import keyed_uniform
 from fisher_ray.linear import (
+    Columns,
     GramSum,
     LinearWeights,
     best_penalty,
+    feature_columns,
     fit_temperature,
+    grid,
     minimise,
     preconditioner,
     ridge_path,
@@ -112,19 +115,31 @@ def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
 
 
 def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Fit the path on the fitting rows, and score it on the validation rows.
+    """Fit the whole grid on the fitting rows, and score it on the validation rows in one pass.
 
     Returns:
-        ``path``: by penalty, its accuracy; ``penalty``: the best (of equals, the largest); ``validation``: its
-        accuracy; ``temperature``: that of its scores.
+        ``path``: each ``penalty``, ``rank`` and ``damping`` with its accuracy; the best of these (of equals, the one
+        with the largest penalty); ``validation``: its accuracy; ``temperature``: that of its scores.
     """
-    penalties = bench.config.linear.penalties
-    models = ridge_path(GramSum.from_arrays(fit), penalties)
+    linear, sums = bench.config.linear, GramSum.from_arrays(fit)
+    tried: list[dict[str, Any]] = []
+    models: list[LinearWeights] = []
+    for rank, damping in grid(linear.ranks, linear.dampings):
+        tried += [{"penalty": penalty, "rank": rank, "damping": damping} for penalty in linear.penalties]
+        models += ridge_path(sums, linear.penalties, _columns(bench, rank, damping))
     scores, labels = score_rows(linear_rows(bench, train_store(bench), "validation"), "x", models)
-    best, accuracies = best_penalty(penalties, scores, labels)
-    path = [{"penalty": p, "accuracy": share} for p, share in zip(penalties, accuracies, strict=True)]
-    chosen = {"penalty": penalties[best], "validation": accuracies[best]}
+    best, accuracies = best_penalty([model.penalty for model in models], scores, labels)
+    path = [{**one, "accuracy": share} for one, share in zip(tried, accuracies, strict=True)]
+    chosen = {**tried[best], "validation": accuracies[best]}
     return {"path": path, **chosen, "temperature": fit_temperature(scores[best], labels)}
+
+
+def _columns(bench: Workbench, rank: int | None, damping: float | None) -> Columns:
+    metric, config, facts = bench.metric, bench.config, bench.facts
+    num_scores = facts.num_classes if config.scores.labels == "all" else 1
+    num_hidden = (facts.hidden or 0) if config.linear.hidden else 0
+    means = torch.cat([part.eigvals.mean().expand_as(part.eigvals) for part in metric.parts])
+    return feature_columns(metric.eigvals, num_scores, num_hidden, rank, damping, means)
 
 
 def fit_ridge(
@@ -133,11 +148,13 @@ def fit_ridge(
     validation: dict[str, np.ndarray],
     *,
     penalty: float,
+    rank: int | None,
+    damping: float | None,
     temperature: float,
 ) -> dict[str, Any]:
-    """Fit on all rows with the chosen penalty, and write ``linear/weights.zarr``; ``fit`` may be added to."""
+    """Fit on all rows with what was chosen, and write ``linear/weights.zarr``; ``fit`` may be added to."""
     sums = merge_sums(fit, validation)
-    model = ridge_path(sums, [penalty])[0]
+    model = ridge_path(sums, [penalty], _columns(bench, rank, damping))[0]
     save_weights(bench, "weights", replace(model, temperature=temperature))
     return {"num_rows": round(sums.num_rows), "num_columns": sums.num_columns}
 

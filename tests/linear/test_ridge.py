@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.linear import GramSum, ridge_path
+from fisher_ray.linear import Columns, GramSum, ridge_path
 from fisher_ray.linear.cholesky import factorise
 from tests.linear.test_sums import rows, summed
 from tests.reference.linear import standardised
@@ -69,6 +69,18 @@ def test_penalties_far_apart_are_factorised_by_themselves():
     for model in path:
         (alone,) = ridge_path(sums, [model.penalty])
         torch.testing.assert_close(model.weight, alone.weight, rtol=1e-5, atol=1e-9)
+
+
+def test_chosen_and_scaled_columns_have_the_ridge_of_those_columns():
+    x, labels = rows(300, 12, dtype=torch.float64)
+    index, scales = np.array([1, 4, 5, 11]), np.array([1.0, 0.1, 3.0, 0.5])
+    (model,) = ridge_path(summed(x, labels), [0.3], Columns(index, scales, 12))
+    columns, mean, scale = standardised(x[:, index].numpy())
+    fitted = Ridge(alpha=0.3 * 300, solver="svd").fit(columns * scales, np.eye(3)[labels.numpy()])
+    weight = fitted.coef_ * scales / scale
+    np.testing.assert_allclose(model.weight[:, index], weight, rtol=1e-5, atol=1e-7)
+    assert not model.weight[:, [0, 2, 3, 6, 7, 8, 9, 10]].any()
+    np.testing.assert_allclose(model.bias, fitted.intercept_ - weight @ mean, rtol=1e-5, atol=1e-6)
 
 
 def test_fitting_leaves_the_sums_as_they_were():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.linear import GramSum, ridge_path, select_columns, standardise
+from fisher_ray.linear import Columns, GramSum, ridge_path, standardise
 from fisher_ray.linear import sums as sums_module
 from tests.reference.linear import standardised
 
@@ -102,7 +102,6 @@ def test_read_only_arrays_are_taken_without_a_copy_fitted_and_merged_from_but_no
     sums = GramSum.from_arrays(arrays)
     assert all(np.shares_memory(arrays[name], array) for name, array in sums.to_arrays().items())
     ridge_path(sums, [0.1, 1.0])
-    select_columns(sums, slice(0, 2)).add(x[:, :2], labels)
     merged = GramSum.zeros(5, 3)
     merged.merge(sums)
     np.testing.assert_array_equal(merged.gram, sums.gram)
@@ -113,19 +112,28 @@ def test_read_only_arrays_are_taken_without_a_copy_fitted_and_merged_from_but_no
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("columns", [slice(None), slice(3, 21), slice(-5, None), slice(1, 29, 3)])
-def test_selected_columns_have_the_sums_of_those_columns_alone(columns):
+@pytest.mark.parametrize("chosen", [slice(None), slice(3, 21), slice(-5, None), slice(1, 29, 3)])
+def test_chosen_columns_are_standardised_as_if_they_were_alone(chosen):
     x, labels = rows(40, 29, dtype=torch.float64)
-    chosen = select_columns(summed(x, labels), columns)
-    alone = summed(x[:, columns], labels)
-    np.testing.assert_allclose(np.triu(chosen.gram), np.triu(alone.gram), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(chosen.cross, alone.cross, rtol=1e-12, atol=1e-12)
+    index = np.arange(29)[chosen]
+    scales = np.linspace(0.5, 2.0, len(index))
+    gram, mean, inverse = standardise(summed(x, labels), Columns(index, scales, 29))
+    alone, alone_mean, alone_inverse = standardise(summed(x[:, chosen], labels))
+    np.testing.assert_allclose(np.triu(gram), np.triu(alone) * np.outer(scales, scales), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(mean, alone_mean, rtol=1e-12)
+    np.testing.assert_allclose(inverse, alone_inverse * scales, rtol=1e-10)
 
 
-@pytest.mark.parametrize("columns", [slice(5, 5), slice(9, 12), slice(None, None, -1)])
-def test_selecting_no_columns_is_refused(columns):
-    with pytest.raises(RequestError, match="keeps no columns"):
-        select_columns(summed(*rows(10, 5)), columns)
+@pytest.mark.parametrize("index", [[], [3, 2], [1, 1], [0, 29], [-1, 3]])
+def test_columns_that_are_not_there_are_refused(index):
+    with pytest.raises(RequestError, match=r"none, or not ascending in \[0, 29\)"):
+        Columns(np.array(index, int), np.ones(len(index)), 29)
+
+
+@pytest.mark.parametrize("scales", [[1.0], [1.0, 0.0], [1.0, -1.0]])
+def test_scales_that_are_not_positive_are_refused(scales):
+    with pytest.raises(RequestError, match="2 columns need as many positive scales"):
+        Columns(np.array([0, 1]), np.array(scales), 29)
 
 
 def test_an_empty_call_adds_nothing():

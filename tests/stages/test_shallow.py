@@ -107,7 +107,7 @@ def fitted(tmp_path_factory):
         for part in ("fit", "validation", "all")
     }
     chosen = shallow.choose_penalty(bench, sums["fit"])
-    kept = {name: chosen[name] for name in ("penalty", "temperature")}
+    kept = {name: chosen[name] for name in ("penalty", "rank", "damping", "temperature")}
     copied = {name: value.copy() for name, value in sums["fit"].items()}
     result = shallow.fit_ridge(bench, copied, sums["validation"], **kept)
     probe = shallow.fit_probe(bench)
@@ -163,6 +163,47 @@ def test_the_penalty_is_the_best_on_the_validation_rows(fitted):
     assert len(set(expected)) > 1
     assert fitted.chosen["penalty"] == fitted.chosen["path"][best]["penalty"]
     assert fitted.chosen["validation"] == pytest.approx(expected[best])
+
+
+def test_rank_and_damping_are_chosen_on_the_validation_rows_from_the_same_sums(tmp_path):
+    linear = {"penalties": [0.01, 1.0], "validation": 0.3, "ranks": [2, 5], "dampings": [None, 3.0]}
+    bench = small_bench(tmp_path, linear=linear)
+    fit_metric(bench)
+    write_features(bench, "train", "shallow")
+    eigvals, rank = bench.metric.eigvals.numpy(), bench.metric.rank
+    unit = planning.linear_units(bench.config, bench.facts, NUM_CLASSES * rank + int(bench.facts.hidden))[0]
+    fit, validation = (tasks.sum_gram(bench, unit, 1, part=part)[1] for part in ("fit", "validation"))
+    chosen = shallow.choose_penalty(bench, fit)
+    blocks = {part: list(linear_rows(bench, shallow.train_store(bench), part)) for part in ("fit", "validation", "all")}
+
+    def scale(entry):
+        """What standardised columns are multiplied by, 0 for those left out."""
+        damped = 1.0 if entry["damping"] is None else np.sqrt(eigvals / (eigvals + entry["damping"] * eigvals.mean()))
+        each = np.where(np.arange(rank) < entry["rank"], damped, 0.0)
+        return np.concatenate([np.tile(each, NUM_CLASSES), np.ones(bench.facts.hidden)])
+
+    def fitted(entry, part):
+        x, labels = joined(blocks[part]), joined(blocks[part], "labels")
+        columns, mean, deviation = standardised(x)
+        onehot, scaled = np.eye(NUM_CLASSES)[labels], columns * scale(entry)
+        gram = scaled.T @ scaled + entry["penalty"] * len(x) * np.eye(x.shape[1])
+        weight = np.linalg.solve(gram, scaled.T @ (onehot - onehot.mean(0)))
+        return lambda rows: (rows - mean) / deviation * scale(entry) @ weight + onehot.mean(0)
+
+    found = []
+    for entry in chosen["path"]:
+        scores = fitted(entry, "fit")(joined(blocks["validation"]))
+        found.append(float((scores.argmax(1) == joined(blocks["validation"], "labels")).mean()))
+    assert [entry["accuracy"] for entry in chosen["path"]] == pytest.approx(found)
+    assert {(entry["rank"], entry["damping"]) for entry in chosen["path"]} == {(2, None), (2, 3.0), (5, None), (5, 3.0)}
+    assert len(set(found)) > 1
+    assert chosen["validation"] == max(found)
+
+    kept = {name: chosen[name] for name in ("penalty", "rank", "damping", "temperature")}
+    shallow.fit_ridge(bench, fit, validation, **kept)
+    x = joined(blocks["all"])
+    scores = shallow.load_weights(bench.url("linear/weights.zarr")).scores(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(scores, fitted(chosen, "all")(x), rtol=0, atol=1e-3)
 
 
 def test_the_model_is_fitted_on_all_rows(fitted):
@@ -233,7 +274,7 @@ def test_without_a_last_hidden_layer_the_features_are_all_columns_and_no_probe_i
     unit = planning.linear_units(bench.config, bench.facts, columns)[0]
     fit, validation = (tasks.sum_gram(bench, unit, 1, part=part)[1] for part in ("fit", "validation"))
     assert fit["gram"].shape == (columns, columns)
-    shallow.fit_ridge(bench, fit, validation, penalty=1.0, temperature=1.0)
+    shallow.fit_ridge(bench, fit, validation, penalty=1.0, rank=None, damping=None, temperature=1.0)
     assert set(shallow.evaluate(bench)["correct"]) == {"base", "fisher_linear"}
 
 
