@@ -31,6 +31,8 @@ from fisher_ray.store import create_store, finished_units, open_features, seal
 Until = Literal["base", "metric", "features", "linear", "report"]
 FEATURE_STORES = {"train": "shallow", "test": "test"}
 """The feature stores' names, and the split that each is made of."""
+PARTS = ("fit", "validation")
+"""Of the shallow split: the linear model is fitted to the one while the other chooses."""
 LATE = {
     **{f"linear.{key}": ("linear",) for key in LinearConfig.model_fields if key != "views"},
     "trained_on": ("trained_on", "report"),
@@ -215,26 +217,26 @@ class _Run:
     def linear(self) -> None:
         """Fit the linear model on the features, and the linear probe on the last hidden layer."""
         columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
-        units = planning.linear_units(self._config, self._facts, columns)
+        units = {part: planning.linear_units(self._config, self._facts, columns, part) for part in PARTS}
         fit = self._fit_logistic if self._config.linear.model == "logistic" else self._fit_ridge
-        self._stage("linear", 2 * len(units), partial(fit, units))
+        self._stage("linear", sum(map(len, units.values())), partial(fit, units))
         if self._facts.hidden is not None:
             self._stage("linear_probe", None, lambda: self._solo("linear_probe", shallow.fit_probe))
 
-    def _fit_ridge(self, units: list[Unit]) -> dict[str, Any]:
-        fit = self._sum_gram(units, "fit")
+    def _fit_ridge(self, units: dict[str, list[Unit]]) -> dict[str, Any]:
+        fit = self._sum_gram(units["fit"], "fit")
         chosen = self._solo("linear", shallow.choose_penalty, fit)
-        validation = self._sum_gram(units, "validation")
+        validation = self._sum_gram(units["validation"], "validation")
         kept = {name: chosen[name] for name in ("penalty", "rank", "damping", "temperature")}
         fitted = self._solo("linear", shallow.fit_ridge, fit, validation, **kept)
         self._export_classifier()
         return {**chosen, **fitted}
 
-    def _fit_logistic(self, units: list[Unit]) -> dict[str, Any]:
+    def _fit_logistic(self, units: dict[str, list[Unit]]) -> dict[str, Any]:
         from fisher_ray.runtime.train import fit_logistic  # Ray Train takes seconds to import
 
-        fit = self._sum_gram(units, "fit")
-        validation = self._sum_gram(units, "validation")
+        fit = self._sum_gram(units["fit"], "fit")
+        validation = self._sum_gram(units["validation"], "validation")
         self._solo("linear", shallow.save_sums, fit, validation)
         workers, gpus = self._crew.target, self._crew.gpus
         self._crew.close()  # their places are Ray Train's meanwhile

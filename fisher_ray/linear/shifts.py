@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fisher_ray.linear.cholesky import solve
 
-TOLERANCE = 1e-10
+TOLERANCE = 1e-9
 """Residual, relative to the right-hand side, at which a shifted system counts as solved."""
 MAX_BLOCKS = 64
 """Blocks of the Krylov space: more would cost what another factorisation does."""
@@ -20,58 +19,64 @@ NEGLIGIBLE = 1e-13
 """Directions of a block shorter than this share of the block are rounding, and left out."""
 
 
-@dataclass
 class _Space:
     """An orthonormal basis ``Q`` of the block Krylov space of ``M = L⁻¹ L⁻ᵀ`` and ``L⁻¹ B``, grown block by block.
 
-    Attributes:
+    Args:
         factor: ``L``.
-        blocks: of ``Q``.
-        projected: ``Qᵀ M Q`` over all blocks but the last.
-        start: ``L⁻¹ B`` in the first block, ``(k, C)``.
-        tail: what ``M`` times the last block but one has in the last, or none.
+        start: ``L⁻¹ B``, ``(F, C)``.
+
+    Attributes:
+        last: columns of the last block, ``(F, k)``; none when the space is exhausted.
     """
 
-    factor: Tensor
-    blocks: list[Tensor]
-    projected: Tensor
-    start: Tensor
-    tail: Tensor
+    def __init__(self, factor: Tensor, start: Tensor) -> None:
+        """See the class."""
+        self._factor = factor
+        self.last, self._start = _orthonormal(start, float(start.norm()))
+        # Rows, for then all products with the basis are those of a wide matrix, which are the quickest.
+        self._rows = start.new_empty((MAX_BLOCKS + 1) * self.last.shape[1], len(start))
+        self._projected = start.new_zeros(0, 0)
+        self._tail = start.new_zeros(0, 0)
+        self._size = 0
+        self._append()
+
+    def _append(self) -> None:
+        self._rows[self._size : self._size + self.last.shape[1]] = self.last.mT
+        self._size += self.last.shape[1]
 
     def grow(self) -> None:
-        """Add a block; it is empty when the space is exhausted."""
-        last, basis = self.blocks[-1], torch.cat(self.blocks, 1)
-        image = solve(self.factor, solve(self.factor.mT, last))
-        inner = basis.mT @ image
-        rest = image - basis @ inner
-        again = basis.mT @ rest  # once more: one projection leaves rounding that grows with every block
-        rest -= basis @ again
-        inner += again
-        before = len(self.projected)
-        grown = inner.new_zeros(basis.shape[1], basis.shape[1])
-        grown[:before, :before] = self.projected
-        grown[:, before:] = inner
-        grown[before:, :before] = inner[:before].mT
-        self.projected = (grown + grown.mT) / 2
-        block, self.tail = _orthonormal(rest, float(image.norm()))
-        self.blocks.append(block)
+        """Add a block."""
+        basis = self._rows[: self._size]
+        rest = solve(self._factor, solve(self._factor.mT, self.last)).mT.contiguous()
+        scale, inner = float(rest.norm()), rest.new_zeros(len(rest), self._size)
+        for _ in range(2):  # one projection leaves rounding that grows with every block
+            part = rest @ basis.mT
+            rest -= part @ basis
+            inner += part
+        before = len(self._projected)
+        grown = inner.new_zeros(self._size, self._size)
+        grown[:before, :before] = self._projected
+        grown[before:] = inner
+        grown[:before, before:] = inner[:, :before].mT
+        self._projected = (grown + grown.mT) / 2
+        self.last, self._tail = _orthonormal(rest.mT, scale)
+        self._append()
 
     def solve(self, shift: float) -> tuple[Tensor, float]:
         """Return the coordinates of ``(I + shift · M)⁻¹ L⁻¹ B`` in ``Q``, and the relative residual."""
-        size = len(self.projected)
-        right = self.start.new_zeros(size, self.start.shape[1])
-        right[: len(self.start)] = self.start
-        matrix = shift * self.projected
+        size = len(self._projected)
+        right = self._start.new_zeros(size, self._start.shape[1])
+        right[: len(self._start)] = self._start
+        matrix = shift * self._projected
         matrix.diagonal().add_(1)
         found: Tensor = torch.linalg.solve(matrix, right)
-        width = self.tail.shape[1]
-        residual = abs(shift) * (self.tail @ found[size - width :]).norm() / self.start.norm()
+        residual = abs(shift) * (self._tail @ found[size - self._tail.shape[1] :]).norm() / self._start.norm()
         return found, float(residual)
 
     def expand(self, coordinates: Tensor) -> Tensor:
         """Return ``L⁻ᵀ Q · coordinates``, ``(F, C)``."""
-        basis = torch.cat(self.blocks, 1)[:, : len(coordinates)]
-        return solve(self.factor.mT, basis @ coordinates)
+        return solve(self._factor.mT, (coordinates.mT @ self._rows[: len(coordinates)]).mT)
 
 
 def solve_shifted(factor: Tensor, right: Tensor, shifts: Sequence[float]) -> list[Tensor | None]:
@@ -91,15 +96,13 @@ def solve_shifted(factor: Tensor, right: Tensor, shifts: Sequence[float]) -> lis
         ``X`` ``(F, C)`` by shift, with a residual of at most :data:`TOLERANCE`; None where :data:`MAX_BLOCKS` blocks
         are not enough.
     """
-    moved = solve(factor, right)
-    block, start = _orthonormal(moved, float(moved.norm()))
-    if not block.shape[1]:  # nothing on the right: nothing to solve for
+    space = _Space(factor, solve(factor, right))
+    if not space.last.shape[1]:  # nothing on the right: nothing to solve for
         return [torch.zeros_like(right) for _ in shifts]
-    space = _Space(factor, [block], block.new_zeros(0, 0), start, block.new_zeros(0, 0))
     found: list[Tensor | None] = [None] * len(shifts)
     for number in range(1, MAX_BLOCKS + 1):
         space.grow()
-        exhausted = not space.blocks[-1].shape[1]
+        exhausted = not space.last.shape[1]
         if number % CHECKED_BLOCKS and not exhausted:
             continue
         for place in [place for place, item in enumerate(found) if item is None]:

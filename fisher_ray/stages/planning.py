@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
@@ -34,13 +35,20 @@ def metric_units(config: Config, facts: Facts) -> list[Unit]:
     return choose_units(split_units(config, facts, "shallow"), config.metric.fraction)
 
 
-def linear_units(config: Config, facts: Facts, num_columns: int) -> list[Unit]:
-    """Return the units of the linear pass: so many rows that summing them outweighs moving the Gram matrix.
+def linear_units(config: Config, facts: Facts, num_columns: int, part: str) -> list[Unit]:
+    """Return the units of one part's linear pass: with so many of its rows that summing outweighs moving the matrix.
 
     Adding up a Gram matrix of ``F`` columns costs what ``F / 2`` rows of products cost in memory traffic.
+
+    Args:
+        config: the run's.
+        facts: what the first look found.
+        num_columns: ``F``.
+        part: ``fit``, or ``validation``, which has fewer of each unit's rows.
     """
-    chunk = config.store.chunk_rows
-    rows = max(MIN_LEAF_ROWS, num_columns // 2)
+    chunk, held = config.store.chunk_rows, config.linear.validation
+    share = {"fit": 1 - held, "validation": held}[part]
+    rows = math.ceil(max(MIN_LEAF_ROWS, num_columns // 2) / share)
     return plan_units(facts.num_rows["shallow"], -(-rows // chunk) * chunk)
 
 
@@ -78,7 +86,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
         "metric": len(metric_units(config, facts)),
         "features/train": len(split_units(config, facts, "shallow")),
         "features/test": len(split_units(config, facts, "test")),
-        "linear": len(linear_units(config, facts, columns)),
+        "linear": sum(len(linear_units(config, facts, columns, part)) for part in ("fit", "validation")),
     }
     num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
     arrays = 4 if facts.hidden is None else 5

@@ -34,16 +34,20 @@ def test_units_tile_the_rows_in_whole_chunks(num_rows, chunk_rows, chunks, colum
         store={"chunk_rows": 64 * chunk_rows},
         runtime={"unit_rows": 64 * chunk_rows * chunks},
         metric={"fraction": fraction},
+        linear={"validation": 0.25},
     )
     found = facts(num_rows)
     units = planning.split_units(given_config, found, "shallow")
-    linear = planning.linear_units(given_config, found, columns)
-    for made in (units, linear):
+    parts = {"fit": 0.75, "validation": 0.25}
+    linear = {part: planning.linear_units(given_config, found, columns, part) for part in parts}
+    for made in (units, *linear.values()):
         assert [unit.index for unit in made] == list(range(len(made)))
         assert [unit.start for unit in made] == [0, *(unit.stop for unit in made[:-1])]
         assert made[-1].stop == num_rows
         assert all(unit.start % (64 * chunk_rows) == 0 for unit in made)
-    assert all(len(unit) >= max(planning.MIN_LEAF_ROWS, columns // 2) for unit in linear[:-1])
+    for part, share in parts.items():
+        least = max(planning.MIN_LEAF_ROWS, columns // 2)
+        assert all(share * len(unit) >= least for unit in linear[part][:-1])
     metric = planning.metric_units(given_config, found)
     assert set(metric) <= set(units)
     assert len(units) * fraction - 1e-6 <= len(metric) <= len(units) * fraction + 1

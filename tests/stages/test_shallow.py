@@ -101,7 +101,7 @@ def fitted(tmp_path_factory):
     write_features(bench, "train", "shallow")
     write_features(bench, "test", "test")
     columns = planning.num_columns(bench.config, bench.facts, bench.metric.rank)
-    units = planning.linear_units(bench.config, bench.facts, columns)
+    units = planning.linear_units(bench.config, bench.facts, columns, "fit")
     sums = {
         part: merged([tasks.sum_gram(bench, unit, 1, part=part)[1] for unit in units])
         for part in ("fit", "validation", "all")
@@ -171,7 +171,8 @@ def test_rank_and_damping_are_chosen_on_the_validation_rows_from_the_same_sums(t
     fit_metric(bench)
     write_features(bench, "train", "shallow")
     eigvals, rank = bench.metric.eigvals.numpy(), bench.metric.rank
-    unit = planning.linear_units(bench.config, bench.facts, NUM_CLASSES * rank + int(bench.facts.hidden))[0]
+    columns = NUM_CLASSES * rank + int(bench.facts.hidden)
+    unit = planning.linear_units(bench.config, bench.facts, columns, "fit")[0]
     fit, validation = (tasks.sum_gram(bench, unit, 1, part=part)[1] for part in ("fit", "validation"))
     chosen = shallow.choose_penalty(bench, fit)
     blocks = {part: list(linear_rows(bench, shallow.train_store(bench), part)) for part in ("fit", "validation", "all")}
@@ -271,7 +272,7 @@ def test_without_a_last_hidden_layer_the_features_are_all_columns_and_no_probe_i
 
     columns = planning.num_columns(bench.config, bench.facts, bench.metric.rank)
     assert columns == NUM_CLASSES * bench.metric.rank
-    unit = planning.linear_units(bench.config, bench.facts, columns)[0]
+    unit = planning.linear_units(bench.config, bench.facts, columns, "fit")[0]
     fit, validation = (tasks.sum_gram(bench, unit, 1, part=part)[1] for part in ("fit", "validation"))
     assert fit["gram"].shape == (columns, columns)
     shallow.fit_ridge(bench, fit, validation, penalty=1.0, rank=None, damping=None, temperature=1.0)
