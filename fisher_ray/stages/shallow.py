@@ -80,14 +80,27 @@ def store_rows(
     names = [name for name in store.arrays if name in (*wanted, "labels", "index", "logits", "hidden")]
     waiting: list[dict[str, np.ndarray]] = []
     for chunk in store.iter_chunks(names, rows):
-        held = keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(chunk["index"])).numpy()
-        keep = {"all": held >= 0, "fit": held >= validation, "validation": held < validation}[part]
+        held = held_out(chunk["index"], seed, validation)
+        keep = {"all": np.ones_like(held), "fit": ~held, "validation": held}[part]
         waiting.append(chunk if keep.all() else {name: value[keep] for name, value in chunk.items()})
         if sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
             yield _joined(waiting, columns)
             waiting = []
     if any(len(item["labels"]) for item in waiting):
         yield _joined(waiting, columns)
+
+
+def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
+    """Return which samples are validation rows, by a hash of seed and sample index.
+
+    Those of a smaller share are among those of a larger one.
+
+    Args:
+        index: of the samples, int64 ``(B,)``.
+        seed: the run's.
+        validation: share of the rows held out.
+    """
+    return keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(index)).numpy() < validation
 
 
 def _joined(parts: list[dict[str, np.ndarray]], columns: list[str]) -> dict[str, Tensor]:
