@@ -49,7 +49,7 @@ class Course:
         steps = self.step - (self.path[-1]["step"] if self.path else 0)
         found = {"step": self.step, "loss": self.losses / max(1, steps), "accuracy": accuracy}
         after = replace(self, path=(*self.path, found), losses=0.0)
-        better = accuracy is None or self.best is None or accuracy > self.best
+        better = accuracy is None or self.best is None or accuracy >= self.best
         return replace(after, best_step=self.step, best=accuracy) if better else after
 
 
