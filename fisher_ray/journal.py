@@ -16,7 +16,7 @@ from fisher_ray.storage import Storage
 SCHEMA = 1
 PROGRAM = "fisher_ray"
 RUN_FILE, EVENTS_FILE, CLAIM_FILE = "run.json", "events.jsonl", "claim.json"
-OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "report", "sums", EVENTS_FILE)
+OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "gradnet", "report", "sums", EVENTS_FILE)
 """What a run writes into its folder, besides ``run.json``."""
 EVENTS_EVERY_S = 30.0
 """Least time between two writes of the events, stages' ends apart."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -16,25 +15,28 @@ import yaml
 
 from fisher_ray import report
 from fisher_ray.classifier import FisherClassifier
-from fisher_ray.config import Config, LinearConfig
+from fisher_ray.config import TRAINING_KEYS, Config, LinearConfig
 from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
-from fisher_ray.records import Progress, Receipt, Unit
-from fisher_ray.runtime import Checkpoints, Claim, Crew, Pool, Session, num_slices, remove_checkpoints
+from fisher_ray.records import Progress, Unit
+from fisher_ray.runtime import Claim, Crew, Session, num_slices
 from fisher_ray.stages import Facts, compression, inspect_request, planning, shallow, tasks, training
+from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
+from fisher_ray.staging import FEATURE_STORES, GradNetStages
 from fisher_ray.storage import Storage
-from fisher_ray.store import create_store, finished_units, open_features, seal
+from fisher_ray.store import open_features
 
 Until = Literal["base", "metric", "features", "linear", "report"]
-FEATURE_STORES = {"train": "shallow", "test": "test"}
-"""The feature stores' names, and the split that each is made of."""
 PARTS = ("fit", "validation")
 """Of the shallow split: the linear model is fitted to the one while the other chooses."""
+FISHER_STORES = {split: f"features/{name}.zarr" for name, split in FEATURE_STORES.items()}
 LATE = {
-    **{f"linear.{key}": ("linear",) for key in LinearConfig.model_fields if key != "views"},
+    **{f"linear.{key}": ("linear", "report") for key in LinearConfig.model_fields if key != "views"},
+    "gradnet": ("gradnet/ranges", "report"),
+    **{f"gradnet.{key}": ("gradnet", "report") for key in TRAINING_KEYS},
     "trained_on": ("trained_on", "report"),
 }
 """Keys that may change between two starts of a run until these stages are sealed: nothing earlier reads them."""
@@ -99,7 +101,8 @@ def plan(config: Config) -> dict[str, Any]:
 
 
 def _refuse_leak(config: Config, until: Until | None) -> None:
-    if config.scores.labels == "true" and until in (None, "linear", "report"):
+    labelled = config.scores.labels == "true" and config.linear.model != "gradnet"
+    if labelled and until in (None, "linear", "report"):
         raise ConfigError(
             "scores.labels true: the features of a test row would be made with its label, so a linear model's test "
             "accuracy would mean nothing. Set scores.labels: all, or stop at write-features."
@@ -120,24 +123,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-class _Run:
-    """One run's stages."""
-
-    def __init__(
-        self,
-        config: Config,
-        facts: Facts,
-        journal: Journal,
-        session: Session,
-        crew: Crew,
-        claim: Claim,
-        progress: Progress,
-        note: Callable[[str], None],
-    ) -> None:
-        self._config, self._facts, self._journal = config, facts, journal
-        self._session, self._crew, self._progress, self._note = session, crew, progress, note
-        self._pool, self._check = Pool(crew, config, note, claim.check), claim.check
-        self._storage = Storage(config.output)
+class _Run(GradNetStages):
+    """One run's stages in order."""
 
     def run(self, until: Until) -> dict[str, Any]:
         """Run up to ``until``."""
@@ -159,6 +146,8 @@ class _Run:
 
     def metric(self) -> None:
         """Choose the compression, then decompose the Fisher matrix in its coordinates."""
+        if self._alone:
+            return
         units = planning.metric_units(self._config, self._facts)
         plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
 
@@ -177,45 +166,40 @@ class _Run:
         self._stage("basis", len(units) if plans.with_moments else None, choose_basis)
         self._stage("metric", len(units), fit_metric)
 
-    def _sum_rows(self, stage: str, task: Callable[..., Any], units: list[Unit], **options: Any) -> Any:
-        """Sum over rows of the shallow split, of which those that fail by themselves may be left out."""
-        left, exclude = self._without_excluded("shallow", units), partial(self._journal.exclude, "shallow")
-        return self._reduce(stage, task, left, probe=task, on_excluded=exclude, **options)
-
     def features(self) -> None:
         """Write the features of the shallow split and of the test split."""
-        for name, split in FEATURE_STORES.items():
+        for name, split in {} if self._alone else FEATURE_STORES.items():
             units = self._without_excluded(split, planning.split_units(self._config, self._facts, split))
             self._stage(f"features/{name}", len(units), partial(self._write_features, name, split, units))
 
     def _write_features(self, name: str, split: str, units: list[Unit]) -> dict[str, Any]:
-        url, metric = self._url(f"features/{name}.zarr"), self._journal.result("metric")
+        metric = self._journal.result("metric")
         fingerprints = {**self._fingerprints(), "metric": metric["fingerprint"]}
         attributes = {"split": split, "labels": self._config.scores.labels, "views": self._config.linear.views}
-        self._check()
-        create_store(
-            url,
-            feature_spec(
-                self._config,
-                self._facts,
-                split,
-                metric["rank"],
-                metric["feature_rms"],
-                {**attributes, "fingerprints": fingerprints},
-            ),
+        spec = feature_spec(
+            self._config,
+            self._facts,
+            split,
+            metric["rank"],
+            metric["feature_rms"],
+            {**attributes, "fingerprints": fingerprints},
         )
-        finished, stage = finished_units(url), f"features/{name}"
-        if finished:
-            self._note(f"{stage}: {len(finished)} of {len(units)} units are there already")
-        todo = [unit for unit in units if unit.index not in finished]
-        heard = {"on_receipt": partial(self._received, stage), "on_excluded": partial(self._journal.exclude, split)}
-        self._pool.map(stage, tasks.write_features, todo, probe=tasks.try_features, split=split, name=name, **heard)
-        self._check()  # another driver may have it by now
-        seal(url, len(units))
-        return {"num_rows": self._facts.num_rows[split], "num_units": len(units)}
+        pair = (partial(task, split=split, name=name) for task in (tasks.write_features, tasks.try_features))
+        return self._write_units(f"features/{name}", split, FISHER_STORES[split], spec, units, *pair)
 
     def linear(self) -> None:
-        """Fit the linear model on the features, and the linear probe on the last hidden layer."""
+        """Fit the linear model on the features, the linear probe on the last hidden layer, and GradNet."""
+        if not self._alone:
+            self._fit_linear()
+        if self._config.gradnet is not None:
+            self.run_gradnet()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether GradNet is the only shallow model, which takes no metric and no features of it."""
+        return self._config.linear.model == "gradnet"
+
+    def _fit_linear(self) -> None:
         columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
         units = {part: planning.linear_units(self._config, self._facts, columns, part) for part in PARTS}
         fit = self._fit_logistic if self._config.linear.model == "logistic" else self._fit_ridge
@@ -268,15 +252,15 @@ class _Run:
     def _train_on(self) -> dict[str, Any]:
         asked = self._config.trained_on.seconds if self._config.trained_on is not None else "auto"
         # Not of the test rows: those predictions are no part of training, and the network's are not timed either.
-        shallow_s = sum(self._journal.seconds(name) for name in ("basis", "metric", "features/train", "linear"))
+        fisher = ("basis", "metric", "features/train", "linear")
+        shallow_s = sum(map(self._journal.seconds, self.GRADNET_STAGES if self._alone else fisher))
         return self._solo("trained_on", training.train_on, seconds=shallow_s if asked == "auto" else asked)
 
     def _write_report(self) -> dict[str, Any]:
-        counts = self._solo("report", shallow.evaluate)
+        counts = self._journal.result("gradnet/test") if self._alone else self._solo("report", shallow.evaluate)
         stages = {**self._journal.results(), "report": {"result": counts}}
-        skipped = {
-            split: open_features(self._url(f"features/{name}.zarr")).skipped for name, split in FEATURE_STORES.items()
-        }
+        stores = {"shallow": ENTRIES, "test": PREDICTIONS} if self._alone else FISHER_STORES
+        skipped = {split: open_features(self._url(name)).skipped for split, name in stores.items()}
         num_halvings = self._journal.total("unit done", "num_halvings")
         results, details = report.summarise(self._config, stages, _versions(), skipped, num_halvings)
         details["config"] = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
@@ -287,62 +271,3 @@ class _Run:
     @property
     def _results(self) -> dict[str, Any]:
         return dict(self._journal.result("report")["results"])
-
-    # -- what every stage does
-
-    def _stage(self, name: str, total: int | None, work: Callable[[], dict[str, Any] | None]) -> None:
-        if self._journal.sealed(name):
-            self._note(f"{name}: done before")
-            return
-        self._pool.wait_until_ready()  # so that no stage is charged with Ray's start
-        self._progress.stage_started(name, total)
-        with self._journal.stage(name) as result:
-            result.update(work() or {})
-        self._check()
-        remove_checkpoints(self._storage)
-        self._progress.stage_done(name, self._journal.seconds(name))
-
-    def _checkpoints(self, *name: str) -> Checkpoints:
-        return Checkpoints(self._storage, "/".join(name), self._config.runtime.checkpoint_units)
-
-    def _reduce(
-        self, stage: str, task: Callable[..., Any], units: list[Unit], part: str = "all", **options: Any
-    ) -> Any:
-        heard, kept = partial(self._received, stage), self._checkpoints(stage, part)
-        return self._pool.reduce(stage, task, units, heard, checkpoints=kept, **options)
-
-    def _solo(self, stage: str, task: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, Any]:
-        threads = self._journal.decide("threads", self._pool.num_cpus())
-
-        def on_item(item: dict[str, Any]) -> None:
-            self._progress.advanced(stage, item["done"], item["total"], item["text"])
-
-        return dict(self._pool.solo(task, *inputs, threads=threads, on_item=on_item, **options) or {})
-
-    def _without_excluded(self, split: str, units: list[Unit]) -> list[Unit]:
-        """Return units without the rows that are known to kill or fail whoever works on them."""
-        rows = sorted(self._journal.excluded(split).items())
-        inside = [tuple(item for item in rows if unit.start <= item[0] < unit.stop) for unit in units]
-        return [replace(unit, excluded=excluded) for unit, excluded in zip(units, inside, strict=True)]
-
-    def _received(self, stage: str, receipt: Receipt) -> None:
-        self._progress.unit_done(stage, receipt)
-        unit, seconds = receipt.unit, {name: round(value, 4) for name, value in receipt.seconds.items()}
-        self._journal.event(
-            "unit done",
-            stage=stage,
-            unit=unit.index,
-            rows=[unit.start, unit.stop],
-            attempt=receipt.attempt,
-            seconds=seconds,
-            num_bytes=receipt.num_bytes,
-            worker=receipt.worker,
-            num_skipped=len(receipt.skipped),
-            num_halvings=receipt.num_halvings,
-        )
-
-    def _fingerprints(self) -> dict[str, Any]:
-        return {"model": self._journal.result("base")["fingerprint"], "data": self._facts.fingerprints}
-
-    def _url(self, name: str) -> str:
-        return f"{self._config.output.rstrip('/')}/{name}"

@@ -19,6 +19,10 @@ STAGES = {
     "linear/probe-ridge.zarr": "linear_probe",
     "linear/probe-logistic.zarr": "linear_probe",
     "linear/predictions.zarr": "report",
+    "features/gradnet.zarr": "gradnet/entries",
+    "gradnet/ranges.zarr": "gradnet/ranges",
+    "gradnet/weights.zarr": "gradnet",
+    "gradnet/predictions.zarr": "gradnet/test",
 }
 """The stores of a run folder, and the stage that writes each."""
 

@@ -1,5 +1,6 @@
 """The configuration: what a run is asked for, read from YAML."""
 
+from fisher_ray.config.gradnet import TRAINING_KEYS, GradNetConfig
 from fisher_ray.config.run import Config
 from fisher_ray.config.sections import (
     AbsoluteDamping,
@@ -19,11 +20,13 @@ from fisher_ray.config.sections import (
 )
 
 __all__ = [
+    "TRAINING_KEYS",
     "AbsoluteDamping",
     "BaseConfig",
     "CompressionConfig",
     "Config",
     "DataConfig",
+    "GradNetConfig",
     "Kind",
     "LayerCompressionConfig",
     "LinearConfig",

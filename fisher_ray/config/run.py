@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, model_validator
 
+from fisher_ray.config.gradnet import GradNetConfig
 from fisher_ray.config.section import Section
 from fisher_ray.config.sections import (
     BaseConfig,
@@ -41,9 +42,19 @@ class Config(Section):
     metric: MetricConfig = MetricConfig()
     store: StoreConfig = StoreConfig()
     linear: LinearConfig = LinearConfig()
+    gradnet: GradNetConfig | None = None
+    """``null`` leaves it out, unless ``linear.model`` is ``gradnet``."""
     trained_on: TrainedOnConfig | None = TrainedOnConfig()
     """``null`` leaves it out of the comparison."""
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_gradnet(cls, values: Any) -> Any:
+        linear = values.get("linear") if isinstance(values, dict) else None
+        if isinstance(linear, dict) and linear.get("model") == "gradnet" and values.get("gradnet") is None:
+            return {**values, "gradnet": {}}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -71,6 +82,17 @@ class Config(Section):
         """Whose scores the metric is of."""
         return self.metric.labels or self.scores.labels
 
+    @property
+    def gradnet_section(self) -> GradNetConfig:
+        """What is asked of GradNet.
+
+        Raises:
+            ValueError: if it is not run.
+        """
+        if self.gradnet is None:
+            raise ValueError("this run has no section 'gradnet'")
+        return self.gradnet
+
     def identity(self) -> dict[str, Any]:
         """Return the keys and values that results depend on.
 
@@ -81,6 +103,8 @@ class Config(Section):
         del values["data"]["on_error"]
         layers = values["compression"]["layers"]
         values["compression"]["layers"] = [[glob, layers[glob]] for glob in self.compression.layers]  # the order counts
+        if self.gradnet is not None:
+            del values["gradnet"]["checkpoint_steps"]
         values["runtime"] = {key: values["runtime"][key] for key in _OF_RESULTS}
         return values
 

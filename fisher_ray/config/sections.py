@@ -214,7 +214,9 @@ class StoreConfig(Section):
 class LinearConfig(Section):
     """The shallow model."""
 
-    model: Literal["ridge", "logistic"] = "ridge"
+    model: Literal["ridge", "logistic", "gradnet"] = "ridge"
+    """``gradnet``: GradNet alone, without metric, features and linear model; beside another model it is run where the
+    section ``gradnet`` is given."""
     views: Literal[1, 2] = 1
     """2 averages the features of an image and of its mirror image."""
     hidden: bool = True

@@ -6,7 +6,7 @@ from fisher_ray.gradients.exact import GradientBuffer
 from fisher_ray.gradients.factors import Factors
 from fisher_ray.gradients.forming import Scores, form_gradients
 from fisher_ray.gradients.labels import draw_labels, keyed_uniform
-from fisher_ray.gradients.largest import LargestEntries
+from fisher_ray.gradients.largest import LargestEntries, PercentileEntries, num_above
 from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax, likelihood_of
 from fisher_ray.gradients.memory import is_out_of_memory, peak_bytes
 from fisher_ray.gradients.norms import square_norms
@@ -26,6 +26,7 @@ __all__ = [
     "LargestEntries",
     "Likelihood",
     "NextToken",
+    "PercentileEntries",
     "ScoreEngine",
     "Scores",
     "Softmax",
@@ -35,6 +36,7 @@ __all__ = [
     "is_out_of_memory",
     "keyed_uniform",
     "likelihood_of",
+    "num_above",
     "peak_bytes",
     "per_sample_gradients",
     "precision_of",

@@ -71,6 +71,13 @@ def compare(results: Mapping[str, Any], intervals: Mapping[str, Sequence[float]]
     return rows
 
 
+def shallow_key(results: Mapping[str, Any]) -> str:
+    """Return the key of the model that the run is about: GradNet where it is the only shallow one."""
+    accuracy = results["accuracy"]
+    alone = accuracy.get("fisher_linear") is None and accuracy.get("gradnet") is not None
+    return "gradnet" if alone else "fisher_linear"
+
+
 def conditions(results: Mapping[str, Any]) -> str:
     """Say on what the models were compared."""
     text = f"{results['num_test']:,} clean test samples, the same for every model"

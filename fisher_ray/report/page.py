@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fisher_ray.report.comparison import compare, conditions, seconds
+from fisher_ray.report.comparison import compare, conditions, percent, seconds, shallow_key
 from fisher_ray.report.table import COLUMNS
 from fisher_ray.storage import Storage
 
@@ -96,7 +96,7 @@ def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
 def _comparison(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     rows = compare(results, details.get("intervals"))
     caption = "Accuracy, difference to the base network in percentage points, and 95 % interval"
-    chosen = [position for position, row in enumerate(rows) if row.key == "fisher_linear"]
+    chosen = [position for position, row in enumerate(rows) if row.key == shallow_key(results)]
     table = _table(COLUMNS, [row.cells() for row in rows], caption, kind="numbers", chosen=chosen)
     return f"<section><h2>Comparison</h2>{table}</section>"
 
@@ -136,7 +136,8 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         (name, seconds(value), f"{rates[name]:,.0f}" if rates.get(name) is not None else "")
         for name, value in _stages(results, details).items()
     ]
-    parts = [f"<p>The linear model has {results['num_features']:,} features a sample.</p>"]
+    model = "GradNet" if shallow_key(results) == "gradnet" else "linear model"
+    parts = [f"<p>The {model} has {results['num_features']:,} features a sample.</p>"]
     if details.get("num_halvings"):
         parts.append(f"<p>Micro-batches cut for want of memory: {details['num_halvings']:,}.</p>")
     if rows:
@@ -145,6 +146,8 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     if metric:
         told = [(text, f"{metric[key]:{shape}}") for key, (text, shape) in _METRIC.items()]
         parts.append(_table(("what", "value"), told, "The Fisher metric", kind="numbers"))
+    if trained := details.get("gradnet"):
+        parts.append(_table(("what", "value"), _told(trained), "GradNet", kind="numbers"))
     known = {layer["name"]: layer for layer in metric.get("layers") or []}
     layers = []
     for layer in details.get("layers") or []:
@@ -155,6 +158,20 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         columns = ("layer", "shape", "coordinates", *(("share of the trace", "kept of the gradient") if known else ()))
         parts.append(_table(columns, layers, "Layers whose gradients are used", kind="numbers"))
     return f"<section><h2>The run</h2>{''.join(parts)}</section>"
+
+
+def _told(trained: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shares = {
+        "accuracy on the validation rows, by all labels": trained["validation"],
+        "of the base network": trained["base"],
+        "by the stored gradients alone": trained["stored_validation"],
+    }
+    return [
+        ("parameters", f"{trained['num_parameters']:,}"),
+        ("units of its blocks", ", ".join(map(str, trained["widths"]))),
+        ("steps after which it was kept", f"{trained['step']:,}"),
+        *((text, percent(share)) for text, share in shares.items() if share is not None),
+    ]
 
 
 def _skipped(skipped: Sequence[Mapping[str, Any]]) -> str:

@@ -8,10 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from fisher_ray.config import Config
+from fisher_ray.report.comparison import shallow_key
 
 _METRIC = ("dim", "trace", "captured", "effective_dim", "condition", "parts", "layers")
 Stages = Mapping[str, Mapping[str, Any]]
-_SHARED = {"metric": ("basis", "metric"), "features": ("features/train", "features/test")}
+_SHARED = {
+    "metric": ("basis", "metric"),
+    "features": ("features/train", "features/test"),
+    "gradnet": ("gradnet/ranges", "gradnet/entries", "gradnet", "gradnet/validation", "gradnet/test"),
+    "gradnet entries": ("gradnet/entries",),
+}
 """Keys of ``results["seconds"]`` that several stages make up."""
 
 
@@ -32,7 +38,8 @@ def summarise(
         skipped: by split, the rows left out with their reasons.
         num_halvings: how often a micro-batch was cut for want of memory.
     """
-    counts, metric, linear = (stages[name]["result"] for name in ("report", "metric", "linear"))
+    counts = stages["report"]["result"]
+    metric, linear, tested = (stages.get(name, {}).get("result", {}) for name in ("metric", "linear", "gradnet/test"))
     accuracy: dict[str, float | None] = dict.fromkeys(
         ("base", "linear_probe", "trained_on", "fisher_linear", "gradnet")
     )
@@ -42,25 +49,23 @@ def summarise(
     trained_on = stages.get("trained_on", {}).get("result", {})
     if trained_on.get("correct") is not None:
         accuracy["trained_on"] = trained_on["correct"] / trained_on["total"]
-    seconds = {name: _seconds(stages, name) for name in ("base", "metric", "features", "linear", "trained_on")}
-    written = sum(stages[name]["result"]["num_rows"] for name in _SHARED["features"])
+    if tested:
+        accuracy["gradnet"] = tested["correct"]["gradnet"] / tested["total"]
     results = {
         "schema": 1,
         "num_test": counts["total"],
-        "num_features": metric["rank"] * (counts["num_classes"] if config.scores.labels == "all" else 1),
+        "num_features": _num_features(config, metric, counts["num_classes"], stages),
         "views": config.linear.views,
         "accuracy": accuracy,
-        "seconds": seconds,
-        "samples_per_second": {
-            "metric": metric["num_samples"] / max(seconds["metric"], 1e-9),
-            "features": written / max(seconds["features"], 1e-9),
-        },
+        "seconds": _all_seconds(stages),
+        "samples_per_second": _rates(stages),
     }
     details = {
         "verdict": verdict(results, trained_on, _trained_for(config)),
         "metric": {key: value for key, value in metric.items() if key in _METRIC},
-        "path": linear["path"],
-        "layers": stages["basis"]["result"]["layers"],
+        "path": linear.get("path"),
+        "layers": stages.get("basis", {}).get("result", {}).get("layers"),
+        "gradnet": _gradnet(stages),
         "skipped": [
             {"split": split, "row": row, "reason": reason}
             for split, rows in skipped.items()
@@ -70,6 +75,37 @@ def summarise(
         "environment": {**versions, "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}"},
     }
     return results, details
+
+
+def _num_features(config: Config, metric: Mapping[str, Any], num_classes: int, stages: Stages) -> int:
+    if not metric:
+        return int(stages["gradnet/entries"]["result"]["num_kept"])
+    return int(metric["rank"]) * (num_classes if config.scores.labels == "all" else 1)
+
+
+def _all_seconds(stages: Stages) -> dict[str, float]:
+    """Return the wall time of what every run does; of GradNet, only where it was run."""
+    found = {name: _seconds(stages, name) for name in ("base", "metric", "features", "linear", "trained_on")}
+    return found | ({"gradnet": _seconds(stages, "gradnet")} if "gradnet" in stages else {})
+
+
+def _rates(stages: Stages) -> dict[str, float]:
+    """Return the samples per second of each pass that was run."""
+    counted = {"metric": "num_samples", "features": "num_rows", "gradnet entries": "num_rows"}
+    parts = {"metric": ("metric",), "features": _SHARED["features"], "gradnet entries": ("gradnet/entries",)}
+    return {
+        name: sum(stages[part]["result"][key] for part in parts[name]) / max(_seconds(stages, name), 1e-9)
+        for name, key in counted.items()
+        if all(part in stages for part in parts[name])
+    }
+
+
+def _gradnet(stages: Stages) -> dict[str, Any] | None:
+    """Return how GradNet was trained, and how it does on the validation rows; None if it was not."""
+    if "gradnet" not in stages:
+        return None
+    validated = stages.get("gradnet/validation", {}).get("result", {})
+    return {**stages["gradnet"]["result"], "validation": validated.get("gradnet"), "base": validated.get("base")}
 
 
 def _seconds(stages: Stages, name: str) -> float:
@@ -82,7 +118,7 @@ def _trained_for(config: Config) -> str:
 
 
 def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any], trained_for: str) -> str:
-    """Say in a sentence how the linear model on Fisher features compares.
+    """Say in a sentence how the linear model on Fisher features compares, or GradNet where it is the only one.
 
     Args:
         results: the content of ``results.json``.
@@ -90,7 +126,8 @@ def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any], trained_f
         trained_for: how long that was, in words.
     """
     accuracy = results["accuracy"]
-    own = accuracy["fisher_linear"]
+    chosen = shallow_key(results)
+    own = accuracy[chosen]
     probes = [key for key in accuracy if key.startswith("linear_probe") and accuracy[key] is not None]
     best_probe = max(probes, key=lambda key: float(accuracy[key]), default="linear_probe")
     names = {
@@ -103,7 +140,8 @@ def verdict(results: Mapping[str, Any], trained_on: Mapping[str, Any], trained_f
         for key, name in names.items()
         if accuracy.get(key) is not None
     ]
-    text = f"The linear model on Fisher features gets {100 * own:.1f} % of {results['num_test']:,} test samples right"
+    model = "GradNet" if chosen == "gradnet" else "The linear model on Fisher features"
+    text = f"{model} gets {100 * own:.1f} % of {results['num_test']:,} test samples right"
     text += f": {_listed(others)}" if others else ""
     if accuracy.get("trained_on") is not None:
         return f"{text} ({trained_on['epochs']:.1f} passes over the same data)."

@@ -1,13 +1,8 @@
-"""The logistic fit through Ray Train, which starts a group of workers, and starts it again when it loses one.
-
-What travels between the ranks is small next to their arithmetic and lives on the CPU, so gloo carries it; NCCL takes
-over the tensors where every rank has a GPU of its own. The driver cannot know that (Ray's GPUs may be shared, or mere
-numbers without hardware), and NCCL refuses both: so the process group starts with gloo, and the ranks decide.
-"""
+"""Fits through Ray Train, which starts a group of workers, and starts it again when it loses one."""
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import signal
 import tempfile
@@ -16,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +24,17 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
-from torch import Tensor
 
 from fisher_ray.config import Config
-from fisher_ray.errors import DataError, FisherRayError, WorkersLostError
+from fisher_ray.errors import DataError, FisherRayError, StoppedError, WorkersLostError
+from fisher_ray.runtime.exchange import TorchExchange
 from fisher_ray.runtime.failures import reason
 from fisher_ray.runtime.resources import fitting, free_resources, needs, wanted
 from fisher_ray.runtime.session import Session
 from fisher_ray.stages import Facts, Workbench, logistic
-from fisher_ray.stages.logistic import Order
+from fisher_ray.stages.gradnet.checkpoint import PROGRESS_FILE
+from fisher_ray.stages.gradnet.training import fit_gradnet as train_gradnet
+from fisher_ray.storage import Storage
 
 START_TIMEOUT_S = 60.0
 """How long a group waits for its places before it is tried with fewer workers."""
@@ -44,6 +42,8 @@ MAX_FAILED_STARTS = 10
 """Groups that may fail to start, one after the other."""
 POLL_S = 0.5
 """How often Ray Train looks at its workers."""
+TOLD_S = 2.0
+"""How often the progress of a training is looked up."""
 
 _STARTUP_ERRORS = (
     "WorkerGroupStartupTimeoutError",
@@ -61,13 +61,70 @@ class _FitError(Exception):
     """A worker's own failure that is none of ours; the message is made of plain text, so it always pickles."""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A fit that the workers of a group do together.
+
+    Attributes:
+        name: in messages.
+        task: called by every rank; rank 0 returns plain values. Started again after a lost worker.
+    """
+
+    name: str
+    task: Callable[[Workbench, TorchExchange], dict[str, Any] | None]
+
+
 def fit_logistic(
     session: Session, config: Config, facts: Facts, num_workers: int, gpus: float, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run :func:`fisher_ray.stages.logistic.fit_logistic` on the workers of a Ray cluster.
+    """Run :func:`fisher_ray.stages.logistic.fit_logistic`, see :func:`fit`.
 
-    The workers' places have to be free. If they cannot be had, the fit goes on with fewer workers; if one is lost, it
-    starts again from the beginning. Neither changes a bit of the result.
+    After a lost worker it starts from the beginning; a fit that did not converge is told to ``note``.
+    """
+    result = fit(session, config, facts, num_workers, gpus, note, Fit("logistic fit", logistic.fit_logistic))
+    _note_unconverged(result, note)
+    return result
+
+
+def fit_gradnet(
+    session: Session,
+    config: Config,
+    facts: Facts,
+    num_workers: int,
+    gpus: float,
+    note: Callable[[str], None],
+    advanced: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Run :func:`fisher_ray.stages.gradnet.training.fit_gradnet`, see :func:`fit`.
+
+    After a lost worker it goes on from its last checkpoint.
+
+    Args:
+        session: as of :func:`fit`, like those up to ``note``.
+        config: the run's.
+        facts: what the first look found.
+        num_workers: ranks.
+        gpus: of each.
+        note: told what a user may want to know.
+        advanced: told of steps done, all steps, and the loss, now and then.
+    """
+    with _told(Storage(config.output), advanced):
+        return fit(session, config, facts, num_workers, gpus, note, Fit("training of GradNet", train_gradnet))
+
+
+def fit(
+    session: Session,
+    config: Config,
+    facts: Facts,
+    num_workers: int,
+    gpus: float,
+    note: Callable[[str], None],
+    asked: Fit,
+) -> dict[str, Any]:
+    """Run a fit on the workers of a Ray cluster.
+
+    The workers' places have to be free. If they cannot be had, the fit goes on with fewer workers; if one is lost, the
+    task is started again. Neither changes a bit of the result.
 
     Args:
         session: the connection.
@@ -75,7 +132,8 @@ def fit_logistic(
         facts: what the first look at the request found.
         num_workers: ranks, if there are places for them.
         gpus: of each.
-        note: told of lost workers, of fewer workers, and of fits that did not converge.
+        note: told of lost workers, and of fewer workers.
+        asked: what is done.
 
     Returns:
         What rank 0 returned.
@@ -90,34 +148,38 @@ def fit_logistic(
     while True:
         start_s, losses = time.monotonic(), list[str]()
         try:
-            result = _run_group(session, config, facts, num_workers, gpus, attempts, losses)
+            return _run_group(session, config, facts, num_workers, gpus, attempts, losses, asked)
         except _NotStartedError as error:
             lap_s = min(time.monotonic() - start_s, START_TIMEOUT_S)
             failed_starts, waited_s = (1, lap_s) if losses else (failed_starts + 1, waited_s + lap_s)
             if waited_s >= runtime.wait_s or failed_starts >= MAX_FAILED_STARTS:
                 raise WorkersLostError(
-                    f"no worker could be had for the logistic fit in {waited_s:.0f} s and {failed_starts} tries: "
+                    f"no worker could be had for the {asked.name} in {waited_s:.0f} s and {failed_starts} tries: "
                     f"{error} ({wanted(config, gpus)}). Add machines, or ask for less under 'runtime', then run again."
                 ) from error
             attempts -= len(losses)
             num_workers = max(1, min(num_workers - 1, fitting(config, gpus, free_resources())))
-            note(f"the logistic fit did not start ({error}); it is tried with workers: {num_workers}")
-        else:
-            _note_unconverged(result, note)
-            return result
+            note(f"the {asked.name} did not start ({error}); it is tried with workers: {num_workers}")
         finally:
             for loss in losses:
-                note(f"an attempt at the logistic fit ended: {loss}")
+                note(f"an attempt at the {asked.name} ended: {loss}")
 
 
 def _run_group(
-    session: Session, config: Config, facts: Facts, num_workers: int, gpus: float, attempts: int, losses: list[str]
+    session: Session,
+    config: Config,
+    facts: Facts,
+    num_workers: int,
+    gpus: float,
+    attempts: int,
+    losses: list[str],
+    asked: Fit,
 ) -> dict[str, Any]:
     """Run one group to its end; ``losses`` is filled with what ended an attempt.
 
     Raises:
         _NotStartedError: if it did not start, or not again.
-        FisherRayError: as :func:`fit_logistic`.
+        FisherRayError: as :func:`fit`.
     """
     threads = config.runtime.cpus_per_worker
     with tempfile.TemporaryDirectory(prefix="fisher-ray-train-") as folder:
@@ -125,7 +187,13 @@ def _run_group(
         kind: Any = _EmbeddedTrainer if session.embedded else TorchTrainer
         trainer = kind(
             _loop,
-            train_loop_config={"config": config, "facts": facts, "threads": threads, "gpus": gpus > 0},
+            train_loop_config={
+                "config": config,
+                "facts": facts,
+                "threads": threads,
+                "gpus": gpus > 0,
+                "task": asked.task,
+            },
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
@@ -133,7 +201,7 @@ def _run_group(
                 resources_per_worker=needs(config, gpus),
             ),
             run_config=RunConfig(
-                name="logistic",
+                name=asked.name.replace(" ", "-"),
                 storage_path=folder,  # nothing is stored: results come back as return values
                 failure_config=FailureConfig(max_failures=attempts - 1, controller_failure_limit=0),
                 worker_runtime_env={"env_vars": session.worker_environment()},
@@ -145,7 +213,7 @@ def _run_group(
             with _settings(config), _interruptible(), _hushed():
                 returned: Any = trainer.fit().return_value
         except TrainingFailedError as error:
-            raise _translated(error, config) from error
+            raise _translated(error, config, asked.name) from error
         except ray.exceptions.RayActorError as error:
             raise WorkersLostError(f"Ray Train's controller died: {reason(error)}. Run again.") from error
         finally:
@@ -155,22 +223,22 @@ def _run_group(
     return dict(returned["fitted"])
 
 
-def _translated(error: TrainingFailedError, config: Config) -> Exception:
+def _translated(error: TrainingFailedError, config: Config, name: str) -> Exception:
     """Return the error that the caller is to see."""
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         if type(cause).__name__ in _STARTUP_ERRORS:
             return _NotStartedError(str(cause).split(". ")[0].rstrip("."))
-        return FisherRayError(f"Ray Train failed in the logistic fit: {reason(cause)}")
+        return FisherRayError(f"Ray Train failed in the {name}: {reason(cause)}")
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     times = f"{config.runtime.max_attempts} times (runtime.max_attempts)"
     for failure in failures:
         if isinstance(failure, _FitError):
-            return DataError(f"the logistic fit failed {times}; the last time: {failure}")
+            return DataError(f"the {name} failed {times}; the last time: {failure}")
         if isinstance(failure, FisherRayError) and not isinstance(failure, WorkersLostError):
             return failure
     last = _telling(failures) if failures else str(error)
-    return WorkersLostError(f"the logistic fit lost workers {times}. The last time: {last}. Run again.")
+    return WorkersLostError(f"the {name} lost workers {times}. The last time: {last}. Run again.")
 
 
 def _telling(failures: list[Exception]) -> str:
@@ -251,6 +319,33 @@ def _hushed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _told(storage: Storage, advanced: Callable[[int, int, str], None]) -> Iterator[None]:
+    """Pass on what rank 0 writes of its progress: Ray Train's workers cannot call the driver."""
+    over = threading.Event()
+
+    def watch() -> None:
+        before = None
+        while not over.wait(TOLD_S):
+            try:
+                raw = storage.read_bytes(PROGRESS_FILE)
+                told = json.loads(raw)
+            except (FileNotFoundError, StoppedError):  # not yet; or storage does not answer, which the workers tell
+                continue
+            if raw != before:
+                before, seen = raw, told["validation"]
+                shown = "" if seen is None else f", {100 * seen:.1f} % of the validation rows"
+                advanced(told["done"], told["total"], f"steps, loss {told['loss']:.3f}{shown}")
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 # -- in the workers
 
 
@@ -259,8 +354,8 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     torch.set_num_threads(settings["threads"])
     device = get_device() if settings["gpus"] and torch.cuda.is_available() else torch.device("cpu")
     try:
-        exchange = TorchExchange(device)
-        fitted = logistic.fit_logistic(Workbench(settings["config"], settings["facts"], str(device)), exchange)
+        bench = Workbench(settings["config"], settings["facts"], str(device))
+        fitted = settings["task"](bench, TorchExchange(device))
     except WorkersLostError:
         raise
     except FisherRayError as error:
@@ -270,81 +365,3 @@ def _loop(settings: dict[str, Any]) -> dict[str, Any] | None:
     except Exception as error:
         raise _FitError(reason(error)) from error
     return {"fitted": fitted}
-
-
-class TorchExchange:
-    """The exchange through ``torch.distributed``: objects go through the default group, which has to be gloo's.
-
-    Args:
-        device: this rank's. Tensors go through NCCL if every rank has a GPU of its own, else through gloo too.
-
-    Attributes:
-        rank: this rank.
-        size: how many there are.
-        backend: what carries tensors, ``nccl`` or ``gloo``.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """See the class.
-
-        Raises:
-            WorkersLostError: here and in every method, if another rank cannot be reached.
-        """
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-        self.backend = choose_backend(self._all(gpu))
-        self._device = device if self.backend == "nccl" else torch.device("cpu")
-        self._group = dist.new_group(backend="nccl") if self.backend == "nccl" else None
-
-    def share(self, order: Order | None) -> Order:
-        """See :class:`fisher_ray.stages.logistic.Exchange`."""
-        heads: list[Any] = [None if order is None else (order.task, order.part, tuple(order.weight.shape))]
-        with _in_touch():
-            dist.broadcast_object_list(heads, src=0)
-        task, part, shape = heads[0]
-        given = order or Order(task, part, *(torch.empty(size, dtype=torch.float64) for size in (shape, shape[:1])))
-        return Order(task, part, self._broadcast(given.weight), self._broadcast(given.bias))
-
-    def collect(self, reply: Tensor | Exception) -> list[Tensor] | Exception:
-        """See :class:`fisher_ray.stages.logistic.Exchange`."""
-        heads = self._all(reply if isinstance(reply, Exception) else tuple(reply.shape))
-        for head in heads:
-            if isinstance(head, Exception):
-                return head
-        sizes = [math.prod(shape) for shape in heads]
-        mine = torch.zeros(max(sizes), dtype=torch.float64, device=self._device)
-        if isinstance(reply, Tensor):
-            mine[: reply.numel()] = reply.reshape(-1)
-        parts = [torch.empty_like(mine) for _ in sizes] if self.rank == 0 else None
-        if len(mine):
-            with _in_touch():
-                dist.gather(mine, parts, dst=0, group=self._group)
-        return [part[:size].cpu().view(shape) for part, size, shape in zip(parts or [], sizes, heads, strict=False)]
-
-    def _broadcast(self, value: Tensor) -> Tensor:
-        value = value.to(self._device).contiguous()
-        if value.numel():
-            with _in_touch():
-                dist.broadcast(value, src=0, group=self._group)
-        return value.cpu()
-
-    def _all(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.size
-        with _in_touch():
-            dist.all_gather_object(found, value)
-        return found
-
-
-def choose_backend(gpus: list[str | None]) -> str:
-    """Return what carries tensors between ranks with these GPUs (their UUIDs; None without one): nccl or gloo."""
-    own = None not in gpus and len(set(gpus)) == len(gpus)
-    return "nccl" if own else "gloo"
-
-
-@contextmanager
-def _in_touch() -> Iterator[None]:
-    """Tell a broken connection from other failures: Ray Train starts the group again after either."""
-    try:
-        yield
-    except RuntimeError as error:  # of which torch.distributed's errors are
-        raise WorkersLostError(f"a rank of the fit cannot be reached: {reason(error)}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Facts:
         num_parameters: ``P``, those whose gradients are taken.
         micro_batch: samples whose scores are computed together.
         micro_batch_gpu: the same for workers with GPUs.
+        gradnet_shapes: ``(O, A)`` by block of the gradients that GradNet takes; empty if it is not run.
     """
 
     num_rows: dict[str, int]
@@ -31,3 +32,4 @@ class Facts:
     num_parameters: int
     micro_batch: int
     micro_batch_gpu: int
+    gradnet_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from fisher_ray.linear import (
     sum_gradients,
 )
 from fisher_ray.records import Unit
-from fisher_ray.stages import shallow
+from fisher_ray.stages import exchange, shallow
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import FeatureStore, load_arrays
@@ -65,43 +65,21 @@ class Order:
     bias: Tensor
 
 
-class Exchange(Protocol):
-    """The ranks of one fit, as one of them sees them. All ranks make the same calls in the same order."""
-
-    @property
-    def rank(self) -> int:
-        """This rank; 0 leads."""
-
-    @property
-    def size(self) -> int:
-        """How many ranks there are."""
+class Exchange(exchange.Ranks, Protocol):
+    """The ranks of one fit, whose rank 0 gives orders."""
 
     def share(self, order: Order | None) -> Order:
         """Return on every rank what rank 0 gives; the others give None."""
 
-    def collect(self, reply: Tensor | Exception) -> list[Tensor] | Exception:
-        """Bring float64 tensors of any shapes to rank 0.
 
-        Returns:
-            On rank 0 every rank's tensor, by rank, elsewhere nothing; or, on all ranks alike, the exception of the
-            first rank that gave one.
-        """
-
-
-class Alone:
+class Alone(exchange.Alone):
     """The exchange of a fit in one process."""
-
-    rank, size = 0, 1
 
     def share(self, order: Order | None) -> Order:
         """Return ``order``."""
         if order is None:
             raise TypeError("rank 0 gives orders")
         return order
-
-    def collect(self, reply: Tensor | Exception) -> list[Tensor] | Exception:
-        """Return ``reply``."""
-        return reply if isinstance(reply, Exception) else [reply]
 
 
 def leaf_units(config: Config, facts: Facts) -> list[Unit]:
@@ -110,7 +88,7 @@ def leaf_units(config: Config, facts: Facts) -> list[Unit]:
     return plan_units(facts.num_rows["shallow"], -(-LEAF_ROWS // chunk) * chunk)
 
 
-def fit_logistic(bench: Workbench, exchange: Exchange, *, tolerance: float = TOLERANCE) -> dict[str, Any] | None:
+def fit_logistic(bench: Workbench, ranks: Exchange, *, tolerance: float = TOLERANCE) -> dict[str, Any] | None:
     """Choose the penalty on the validation rows, fit all rows with it, and write ``linear/weights.zarr``.
 
     Every rank calls this. Rank 0 alone holds sums, preconditioner (``F × F`` float64 each, twice while it is made) and
@@ -118,7 +96,7 @@ def fit_logistic(bench: Workbench, exchange: Exchange, *, tolerance: float = TOL
 
     Args:
         bench: the process's, with sealed features and ``linear/sums-fit.zarr`` and ``linear/sums-all.zarr``.
-        exchange: between the ranks.
+        ranks: of the fit.
         tolerance: as :data:`TOLERANCE`.
 
     Returns:
@@ -132,8 +110,8 @@ def fit_logistic(bench: Workbench, exchange: Exchange, *, tolerance: float = TOL
         StoreError: if features or sums are missing or corrupt; likewise.
         WorkersLostError: if the exchange broke.
     """
-    share = _Share(bench, exchange)
-    if exchange.rank:
+    share = _Share(bench, ranks)
+    if ranks.rank:
         share.serve()
         return None
     try:

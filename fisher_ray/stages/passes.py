@@ -119,7 +119,7 @@ def kronecker_pass(
     sums, halvings = KroneckerSums(), halvings or Halvings()
 
     def scores_of(part: Batch) -> tuple[Batch, Scores] | None:
-        return _usable(part, lambda some: root_scores(engine, some, labels, seed, draws), _finite_factors, drop)
+        return usable_samples(part, lambda some: root_scores(engine, some, labels, seed, draws), _finite_factors, drop)
 
     def add(found: tuple[Batch, Scores] | None) -> None:
         if found is None:
@@ -184,11 +184,11 @@ def fisher_pass(
             seen = True
 
     for batch in batches:
-        halvings.each(batch, lambda part: _usable(part, made, lambda found: _finite_rows(found[0]), drop), add)
+        halvings.each(batch, lambda part: usable_samples(part, made, lambda found: finite_rows(found[0]), drop), add)
     return sums.to_arrays()
 
 
-def _usable(
+def usable_samples(
     batch: Batch, make: Callable[[Batch], Made], finite: Callable[[Made], Tensor], drop: Drop | None
 ) -> tuple[Batch, Made] | None:
     """Return the samples that the network makes finite numbers of, and what is made of them; None if there are none.
@@ -212,12 +212,13 @@ def _usable(
     return (kept, make(kept)) if len(kept.inputs) else None
 
 
-def _finite_rows(values: Tensor) -> Tensor:
+def finite_rows(values: Tensor) -> Tensor:
+    """Return which rows ``(B, ...)`` are finite, ``(B,)``."""
     return values.flatten(1).isfinite().all(dim=1)
 
 
 def _finite_factors(scores: Scores) -> Tensor:
-    return torch.stack([_finite_rows(scores.logits), *(item.norms().isfinite() for item in scores.factors)]).all(dim=0)
+    return torch.stack([finite_rows(scores.logits), *(item.norms().isfinite() for item in scores.factors)]).all(dim=0)
 
 
 def batch_features(
@@ -264,10 +265,10 @@ def batch_features(
         return logits, hidden, _mean(compressed)
 
     def finite(made: tuple[list[Tensor], list[Tensor], Tensor]) -> Tensor:
-        return _finite_rows(made[2]) & _finite_rows(_mean(made[0]))
+        return finite_rows(made[2]) & finite_rows(_mean(made[0]))
 
     def features(part: Batch) -> Features | None:
-        found = _usable(part, compressed_of, finite, drop)
+        found = usable_samples(part, compressed_of, finite, drop)
         if found is None:
             return None
         kept, (logits, hidden, compressed) = found

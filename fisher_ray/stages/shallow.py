@@ -87,15 +87,29 @@ def store_rows(
     for chunk in store.iter_chunks(names, rows):
         if labels is not None:
             chunk["labels"] = labels.numpy()[chunk["index"]]
-        held = keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(chunk["index"])).numpy()
-        keep = {"all": held >= 0, "fit": held >= validation, "validation": held < validation}[part]
-        keep &= True if labels is None else chunk["labels"] >= 0
+        held = held_out(chunk["index"], seed, validation)
+        keep = {"all": np.ones_like(held), "fit": ~held, "validation": held}[part]
+        if labels is not None:
+            keep = keep & (chunk["labels"] >= 0)
         waiting.append(chunk if keep.all() else {name: value[keep] for name, value in chunk.items()})
         if sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
             yield _joined(waiting, columns)
             waiting = []
     if any(len(item["labels"]) for item in waiting):
         yield _joined(waiting, columns)
+
+
+def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
+    """Return which samples are validation rows, by a hash of seed and sample index.
+
+    Those of a smaller share are among those of a larger one.
+
+    Args:
+        index: of the samples, int64 ``(B,)``.
+        seed: the run's.
+        validation: share of the rows held out.
+    """
+    return keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(index)).numpy() < validation
 
 
 def _joined(parts: list[dict[str, np.ndarray]], columns: list[str]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 
 
 @dataclass
-class _Log:
+class UnitLog:
     """What is to be told of a unit."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -36,11 +36,12 @@ class _Log:
     halvings: Halvings = field(default_factory=Halvings)
 
     def receipt(self, unit: Unit, attempt: int, num_bytes: int = 0) -> Receipt:
+        """Return it for the driver."""
         return Receipt(unit, attempt, self.seconds, num_bytes, skipped=self.skipped, num_halvings=self.halvings.count)
 
 
 @contextmanager
-def _samples(bench: Workbench, split: str, unit: Unit, log: _Log) -> Iterator[Iterator[Batch]]:
+def unit_samples(bench: Workbench, split: str, unit: Unit, log: UnitLog) -> Iterator[Iterator[Batch]]:
     """Yield a unit's clean samples when it is its turn to compute; reading begins at once."""
     start = time.monotonic()
     batches = clean_batches(bench, split, range(unit.start, unit.stop), log.skipped, dict(unit.excluded))
@@ -57,19 +58,19 @@ def _samples(bench: Workbench, split: str, unit: Unit, log: _Log) -> Iterator[It
 
 def sum_kronecker(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum the factors' second moments over a unit, of the layers that are compressed by them."""
-    log, config = _Log(), bench.config
+    log, config = UnitLog(), bench.config
     drop, labels, draws = partial(drop_row, bench, "shallow", log.skipped), config.metric_labels, config.metric.draws
     layers = compression.plan(config.compression, config.metric, bench.facts.block_shapes).with_moments
-    with _samples(bench, "shallow", unit, log) as batches:
+    with unit_samples(bench, "shallow", unit, log) as batches:
         sums = kronecker_pass(bench.engine, layers, batches, labels, config.seed, drop, log.halvings, draws)
     return log.receipt(unit, attempt), sums
 
 
 def sum_fisher(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum the Fisher over a unit, in compressed coordinates."""
-    log, config = _Log(), bench.config
+    log, config = UnitLog(), bench.config
     drop, labels, draws = partial(drop_row, bench, "shallow", log.skipped), config.metric_labels, config.metric.draws
-    with _samples(bench, "shallow", unit, log) as batches:
+    with unit_samples(bench, "shallow", unit, log) as batches:
         engine, compressor, sums = bench.engine, bench.compressor, bench.new_fisher_sum()
         arrays = fisher_pass(engine, compressor, sums, batches, labels, config.seed, drop, log.halvings, draws)
     return log.receipt(unit, attempt), arrays
@@ -82,7 +83,7 @@ def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
     """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
-    log, url = _Log(), bench.url(f"features/{name}.zarr")
+    log, url = UnitLog(), bench.url(f"features/{name}.zarr")
     parts: dict[str, list[Tensor]] = {}
     host = Host(bench.device)
     for made in _features(bench, split, unit, log):
@@ -92,7 +93,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
             parts.setdefault(key, []).append(host.copy(value))
     start = time.monotonic()
     host.wait()
-    joined = {key: torch.cat(values).numpy() for key, values in parts.items()} or _no_rows(url)
+    joined = {key: torch.cat(values).numpy() for key, values in parts.items()} or no_rows(url)
     num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=log.skipped)
     log.seconds["write"] = time.monotonic() - start
     return log.receipt(unit, attempt, num_bytes), None
@@ -100,15 +101,15 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
 
 def try_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
     """Do as :func:`write_features` with any rows, and write nothing."""
-    log = _Log()
+    log = UnitLog()
     for _ in _features(bench, split, unit, log):
         pass
     return log.receipt(unit, attempt), None
 
 
-def _features(bench: Workbench, split: str, unit: Unit, log: _Log) -> Iterator[Features]:
+def _features(bench: Workbench, split: str, unit: Unit, log: UnitLog) -> Iterator[Features]:
     config, drop = bench.config, partial(drop_row, bench, split, log.skipped)
-    with _samples(bench, split, unit, log) as batches:
+    with unit_samples(bench, split, unit, log) as batches:
         for batch in batches:
             made = batch_features(
                 bench.engine,
@@ -125,7 +126,7 @@ def _features(bench: Workbench, split: str, unit: Unit, log: _Log) -> Iterator[F
                 yield made
 
 
-def _no_rows(url: str) -> Arrays:
+def no_rows(url: str) -> Arrays:
     """Return a store's arrays without rows, for a unit whose rows are all skipped."""
     layouts = open_features(url, allow_partial=True).arrays
     return {name: np.empty((0, *layout.shape[1:]), layout.dtype) for name, layout in layouts.items()}
@@ -133,7 +134,7 @@ def _no_rows(url: str) -> Arrays:
 
 def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
     """Sum the linear model's Gram matrix over some rows of the feature store."""
-    log = _Log()
+    log = UnitLog()
     with bench.turn:
         start = time.monotonic()
         sums = shallow.gram_sums(bench, unit, part)

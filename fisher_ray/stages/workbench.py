@@ -16,12 +16,13 @@ from torch import nn
 from fisher_ray.config import Config
 from fisher_ray.data import Source, check_source, load_batches, open_source
 from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
-from fisher_ray.gradients import Compressor, ScoreEngine, precision_of
-from fisher_ray.linear import weigh_classes
-from fisher_ray.metric import FisherSum, LowRankMetric, bases_from
+from fisher_ray.gradients import Compressor, PercentileEntries, ScoreEngine, precision_of
+from fisher_ray.linear import GradNet, weigh_classes
+from fisher_ray.metric import FisherSum, LowRankMetric, Normalisation, bases_from
 from fisher_ray.records import Batch, Compression
 from fisher_ray.stages import compression
 from fisher_ray.stages.facts import Facts
+from fisher_ray.stages.gradnet.network import load_network, network_shape
 from fisher_ray.stages.memory import choose_micro_batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
 from fisher_ray.storage import Storage
@@ -102,6 +103,27 @@ class Workbench:
         return FisherSum(self.config.metric, dims, self.config.seed)
 
     @cached_property
+    def gradnet_engine(self) -> ScoreEngine:
+        """What computes the scores whose entries GradNet takes."""
+        return gradnet_engine(self.config, self.model)
+
+    @cached_property
+    def gradnet_entries(self) -> PercentileEntries:
+        """What keeps entries of these scores."""
+        engine, section = self.gradnet_engine, self.config.gradnet_section
+        return PercentileEntries(engine.blocks, section.share, engine.like)
+
+    @cached_property
+    def gradnet_normalisation(self) -> Normalisation:
+        """The normalisation of these entries."""
+        return Normalisation.from_arrays(load_arrays(self.url("gradnet/ranges.zarr"))[0])
+
+    @cached_property
+    def gradnet(self) -> GradNet:
+        """The trained GradNet."""
+        return load_network(self.url("gradnet/weights.zarr")).to(self.device)
+
+    @cached_property
     def metric(self) -> LowRankMetric:
         """The metric."""
         return LowRankMetric.load(self.url("metric.zarr"))
@@ -122,6 +144,11 @@ def score_engine(config: Config, model: nn.Module, graph_batch: int | None = Non
     """Return what computes the scores that a run asks for; ``graph_batch`` as of the engine."""
     precision = precision_of(config.scores.precision)
     return ScoreEngine(model, config.scores.parameters, precision=precision, graph_batch=graph_batch)
+
+
+def gradnet_engine(config: Config, model: nn.Module) -> ScoreEngine:
+    """Return what computes the scores whose entries GradNet takes."""
+    return ScoreEngine(model, config.gradnet_section.parameters, precision=precision_of(config.scores.precision))
 
 
 def base_network(config: Config, storage: Storage) -> nn.Module:
@@ -182,7 +209,9 @@ def inspect_request(config: Config) -> Facts:
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in engine.block_shapes.values())
-    compression.plan(config.compression, config.metric, engine.block_shapes)
+    if config.linear.model != "gradnet":
+        compression.plan(config.compression, config.metric, engine.block_shapes)
+    gradnet_shapes = _gradnet_shapes(config, model, inputs, logits) if config.gradnet is not None else {}
     return Facts(
         {split: len(source) for split, source in sources.items()},
         {**{split: source.fingerprint() for split, source in sources.items()}, **fingerprints},
@@ -192,7 +221,21 @@ def inspect_request(config: Config) -> Facts:
         engine.block_shapes,
         num_parameters,
         *choose_micro_batch(config, engine, inputs),
+        gradnet_shapes,
     )
+
+
+def _gradnet_shapes(
+    config: Config, model: nn.Module, inputs: torch.Tensor, num_classes: int
+) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the blocks that GradNet takes, and refuse what it cannot be made for."""
+    try:
+        engine = gradnet_engine(config, model)
+    except ModelError as error:
+        raise ModelError(f"gradnet.parameters {config.gradnet_section.parameters!r}: {error}") from error
+    _try_network(engine, inputs)
+    network_shape(config.gradnet_section, engine.block_shapes, num_classes)
+    return engine.block_shapes
 
 
 def _try_network(engine: ScoreEngine, inputs: torch.Tensor) -> tuple[int, int | None]:

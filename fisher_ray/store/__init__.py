@@ -4,6 +4,7 @@ A *feature store* is written in units by many workers, a *group of arrays* in on
 """
 
 from fisher_ray.store.arrays import load_arrays, save_arrays
+from fisher_ray.store.batches import Batches
 from fisher_ray.store.check import describe, verify
 from fisher_ray.store.layout import SEAL, ArraySpec, StoreSpec
 from fisher_ray.store.reader import FeatureStore, open_features
@@ -16,6 +17,7 @@ from fisher_ray.store.zarr_group import open_arrays
 __all__ = [
     "SEAL",
     "ArraySpec",
+    "Batches",
     "FeatureStore",
     "Repair",
     "StoreSpec",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ class Batches:
         world_size: how many readers there are.
         start: batches of this reader to leave out, as those of before a resume: they are not read.
         drop_last: leave out a last batch of fewer rows.
+        only: of every row of the store, bool ``(num_rows,)``, whether it takes part; None for all.
 
     Raises:
         RequestError: if an argument is out of range.
@@ -56,6 +57,7 @@ class Batches:
         world_size: int = 1,
         start: int = 0,
         drop_last: bool = False,
+        only: np.ndarray | None = None,
     ) -> None:
         """See the class."""
         if min(batch_size, buffer_rows, world_size) < 1 or min(seed, epoch, start) < 0 or not 0 <= rank < world_size:
@@ -65,7 +67,9 @@ class Batches:
             )
         self._store, self._batch_size, self._names = store, batch_size, list(names)
         self._shuffle, self._seed, self._epoch = shuffle, seed, epoch
-        self._start, self._drop_last = start, drop_last
+        self._start, self._drop_last, self._only = start, drop_last, only
+        if only is not None and (only.shape, only.dtype) != ((store.num_rows,), np.dtype(bool)):
+            raise RequestError(f"only is {only.dtype} {only.shape}, not one bool for each of {store.num_rows} rows")
         for name in self._names:
             store.layout(name)
         chunks = self._permutation(store.num_chunks, 0) if shuffle else np.arange(store.num_chunks)
@@ -78,7 +82,7 @@ class Batches:
         batches = rows // self._batch_size if self._drop_last else -(-rows // self._batch_size)
         return max(batches - self._start, 0)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """Yield the batches.
 
         Raises:
@@ -106,16 +110,25 @@ class Batches:
             yield rest
 
     def _read(self, group: list[int]) -> Batch:
-        spans = map(self._store.rows, group)
-        parts = [self._store.read_kept(self._names, rows.start, rows.stop) for rows in spans]
+        parts = [self._read_chunk(chunk) for chunk in group]
         block = {name: np.concatenate([part[name] for part in parts]) for name in self._names}
         if not self._shuffle:
             return block
         order = self._permutation(self._num_rows(group), 1 + group[0])
         return {name: values[order] for name, values in block.items()}
 
+    def _read_chunk(self, chunk: int) -> Batch:
+        rows = self._store.rows(chunk)
+        part = self._store.read_kept(self._names, rows.start, rows.stop)
+        if self._only is None:
+            return part
+        chosen = self._only[self._store.kept_rows(chunk)]
+        return {name: values[chosen] for name, values in part.items()}
+
     def _num_rows(self, group: list[int]) -> int:
-        return sum(map(self._store.num_kept, group))
+        if self._only is None:
+            return sum(map(self._store.num_kept, group))
+        return sum(int(self._only[self._store.kept_rows(chunk)].sum()) for chunk in group)
 
     def _permutation(self, size: int, stream: int) -> np.ndarray:
         """Return a random order, the same with every version of NumPy: raw bits are, its own permutations are not."""

@@ -122,7 +122,7 @@ class FeatureStore:
         """Return an iterable of batches, shuffled, for one of several readers, or resumed as ``options`` say.
 
         They are those of :class:`~fisher_ray.store.batches.Batches`, which says what raises: ``shuffle``, ``seed``,
-        ``epoch``, ``buffer_rows``, ``rank``, ``world_size``, ``start``, ``drop_last``.
+        ``epoch``, ``buffer_rows``, ``rank``, ``world_size``, ``start``, ``drop_last``, ``only``.
         """
         return Batches(self, batch_size, names, **options)
 
@@ -143,6 +143,11 @@ class FeatureStore:
     def num_kept(self, chunk: int) -> int:
         """Return how many rows of a chunk were not skipped."""
         return len(self.rows(chunk)) - len(self._skipped_in.get(chunk, []))
+
+    def kept_rows(self, chunk: int) -> np.ndarray:
+        """Return the rows of a chunk that were not skipped, int64."""
+        rows = self.rows(chunk)
+        return np.setdiff1d(np.arange(rows.start, rows.stop), self._skipped_in.get(chunk, []), assume_unique=True)
 
     def read_kept(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Return rows ``[start, stop)`` of several arrays without the skipped ones. Errors as :meth:`read`."""

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from fisher_ray.errors import DataError, StoreError, WorkersLostError
 from fisher_ray.runtime import Session, train
-from fisher_ray.runtime.train import TorchExchange, choose_backend, fit_logistic
+from fisher_ray.runtime.exchange import TorchExchange, choose_backend
+from fisher_ray.runtime.train import fit_logistic
 from fisher_ray.stages.logistic import Order, leaf_units
 from tests.integration.processes import descendants, wait_for
 from tests.stages.feature_runs import make_run

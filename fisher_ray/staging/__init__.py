@@ -1,0 +1,6 @@
+"""What a run's stages are made with, and the stages of GradNet; the order of all stages is the pipeline's."""
+
+from fisher_ray.staging.gradnet import GradNetStages
+from fisher_ray.staging.stage import FEATURE_STORES, Staging
+
+__all__ = ["FEATURE_STORES", "GradNetStages", "Staging"]
