@@ -188,3 +188,44 @@ def test_the_order_of_the_layers_globs_is_part_of_what_results_depend_on():
 def test_a_shard_that_two_writers_would_share_is_refused(tmp_path, shard):
     with pytest.raises(ConfigError, match=rf"store\.shard_rows {shard} is not a multiple of store\.chunk_rows 1024"):
         Config.from_yaml(Path(__file__).parents[1] / "jobs/configs/cifar10.yaml", [f"store.shard_rows={shard}"])
+
+
+def test_gradnets_defaults_are_the_papers_protocol():
+    section = Config.from_dict(minimal(gradnet={})).gradnet
+
+    assert section is not None
+    assert (section.parameters, section.share, section.normalise, section.power) == ("*weight", 0.15, True, 0.5)
+    assert (section.structure, section.init_std, section.batch_size, section.lr) == ("block", 0.02, 25, 0.01)
+    assert (section.draws, section.momentum, section.weight_decay, section.range_fraction) == (1, 0.0, 0.0, 1.0)
+
+
+def test_gradnet_is_run_where_it_is_asked_for():
+    assert Config.from_dict(minimal()).gradnet is None
+    for without in ({}, {"gradnet": None}):
+        assert Config.from_dict(minimal(linear={"model": "gradnet"}, **without)).gradnet is not None
+    assert Config.from_dict(minimal(gradnet={"steps": 7}, linear={"model": "gradnet"})).gradnet_section.steps == 7
+    with pytest.raises(ValueError, match="no section 'gradnet'"):
+        _ = Config.from_dict(minimal()).gradnet_section
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"shares": 0.1}, r"unknown key 'gradnet\.shares'; did you mean 'share'"),
+        ({"share": 1.5}, r"gradnet\.share: .*less than or equal to 1"),
+        ({"widths": []}, r"gradnet\.widths: .*at least 1 item"),
+        ({"structure": "diagonal"}, r"gradnet\.structure: .*'block' or 'adjacent'"),
+        ({"momentum": 1.0}, r"gradnet\.momentum: .*less than 1"),
+        ({"power": 0}, r"gradnet\.power: .*greater than 0"),
+    ],
+)
+def test_wrong_keys_of_gradnet_are_named(section, message):
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(minimal(gradnet=section))
+
+
+def test_how_often_gradnet_is_kept_says_nothing_of_its_results():
+    often, seldom = (Config.from_dict(minimal(gradnet={"checkpoint_steps": steps})) for steps in (1, 99))
+    other = Config.from_dict(minimal(gradnet={"batch_size": 24}))
+
+    assert often.identity() == seldom.identity() != other.identity()

@@ -53,6 +53,46 @@ def test_results_are_what_the_stages_counted_and_took():
     assert details["num_halvings"] == 2
 
 
+def gradnet_stages():
+    """What GradNet's own stages leave behind."""
+    fitted = {"num_parameters": 99, "widths": [5, 5], "step": 20, "stored_validation": 0.5, "path": []}
+    tested = {"total": 1000, "num_classes": 3, "correct": {"base": 600, "gradnet": 650}}
+    return {
+        "gradnet/ranges": {"seconds": 1.0, "result": {}},
+        "gradnet/entries": {"seconds": 4.0, "result": {"num_rows": 1000, "num_kept": 77}},
+        "gradnet": {"seconds": 8.0, "result": fitted},
+        "gradnet/validation": {"seconds": 2.0, "result": {"gradnet": 0.66, "base": 0.61, "num_rows": 40}},
+        "gradnet/test": {"seconds": 3.0, "result": tested},
+    }
+
+
+def test_gradnet_beside_the_linear_model_has_an_accuracy_and_a_time():
+    results, details = summarise(Config.from_dict(minimal(gradnet={})), stages(**gradnet_stages()), {}, {})
+
+    assert (results["accuracy"]["gradnet"], results["accuracy"]["fisher_linear"]) == (0.65, 0.71)
+    assert (results["seconds"]["gradnet"], results["num_features"]) == (18.0, 24)
+    assert results["samples_per_second"]["gradnet entries"] == 250.0
+    assert details["verdict"].startswith("The linear model on Fisher features gets 71.0 %")
+    assert (details["gradnet"]["validation"], details["gradnet"]["base"]) == (0.66, 0.61)
+
+
+def test_of_gradnet_alone_there_are_results_without_metric_and_features():
+    made = gradnet_stages() | {"base": {"seconds": 1.0, "result": {}}}
+    made["report"] = {"result": made["gradnet/test"]["result"]}
+    results, details = summarise(Config.from_dict(minimal(linear={"model": "gradnet"})), made, {}, {})
+
+    assert results["accuracy"] == {
+        "base": 0.6,
+        "linear_probe": None,
+        "trained_on": None,
+        "fisher_linear": None,
+        "gradnet": 0.65,
+    }
+    assert results["num_features"] == 77
+    assert results["seconds"]["metric"] == 0.0
+    assert details["verdict"] == ("GradNet gets 65.0 % of 1,000 test samples right: 5.0 points above the base network.")
+
+
 def test_the_verdict_names_the_best_probe_and_says_what_is_worse():
     made = stages(trained_on={"seconds": 1.0, "result": {"correct": 730, "total": 1000, "epochs": 4.25}})
     _, details = summarise(Config.from_dict(minimal()), made, {}, {})

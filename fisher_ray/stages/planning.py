@@ -15,6 +15,8 @@ from fisher_ray.metric import plan_compression
 from fisher_ray.records import Batch, Unit
 from fisher_ray.stages.compression import sum_width
 from fisher_ray.stages.facts import Facts
+from fisher_ray.stages.gradnet.entries import num_entries
+from fisher_ray.stages.gradnet.network import network_shape, num_kept
 from fisher_ray.stages.networks import build_network
 from fisher_ray.stages.passes import batch_scores
 from fisher_ray.stages.workbench import score_engine
@@ -80,6 +82,13 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     measured here for a moment, and shared out over the workers that this machine has room for, if not
     ``runtime.num_workers`` says how many there are.
     """
+    found = {"output": config.output, "samples": dict(facts.num_rows), "parameters": facts.num_parameters}
+    fisher = {} if config.linear.model == "gradnet" else _describe_fisher(config, facts)
+    gradnet = {} if config.gradnet is None else {"gradnet": _describe_gradnet(config, facts)}
+    return {**found, **fisher, **gradnet}
+
+
+def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
     rank = min(config.metric.rank, _dim(config, facts))
     columns, features = num_columns(config, facts, rank), num_features(config, facts, rank)
     units = {
@@ -94,9 +103,6 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     file_rows = config.store.shard_rows or config.store.chunk_rows
     chunks = sum(-(-facts.num_rows[split] // file_rows) for split in ("shallow", "test"))
     return {
-        "output": config.output,
-        "samples": dict(facts.num_rows),
-        "parameters": facts.num_parameters,
         "compressed_coordinates": _dim(config, facts),
         "features_per_sample": features,
         "linear_columns": columns,
@@ -106,6 +112,30 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
         "feature_bytes": num_rows * features * (4 if config.store.dtype == "float32" else 2),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
         "seconds_of_scores": _seconds(config, facts),
+    }
+
+
+def _describe_gradnet(config: Config, facts: Facts) -> dict[str, Any]:
+    section, rows = config.gradnet_section, facts.num_rows["shallow"]
+    shape, entries = network_shape(section, facts.gradnet_shapes, facts.num_classes), num_entries(config)
+    row_entries = entries * num_kept(config, facts)
+    ranged = choose_units(split_units(config, facts, "shallow"), section.range_fraction)
+    tested = facts.num_rows["test"] + round(section.validation * rows)
+    return {
+        "coordinates": shape.dim,
+        "entries_kept": num_kept(config, facts),
+        "widths": list(shape.widths),
+        "parameters": shape.num_parameters,
+        "gradients": {
+            "ranges": entries * sum(map(len, ranged)),
+            "entries": entries * rows,
+            "prediction": facts.num_classes * config.linear.views * tested,
+        },
+        "entry_bytes": rows * row_entries * (8 if config.store.dtype == "float32" else 6),
+        "worker_memory_bytes": {
+            "entries": 8 * config.runtime.unit_rows * row_entries,
+            "training": 2 * 16 * section.buffer_rows * row_entries + 12 * shape.num_parameters,
+        },
     }
 
 

@@ -378,3 +378,18 @@ def test_wrong_requests_are_refused_before_any_work(tmp_path):
         small_config(tmp_path, gradnet={"share": 0})
     facts = inspect_request(small_config(tmp_path, **asked))
     assert facts.gradnet_shapes == {"fc0": (5, 12), "fc1": (3, 5)}
+
+
+def test_a_plan_counts_what_the_entries_take(tmp_path):
+    bench = with_entries(tmp_path, draws=2, steps=1)
+    planned = planning.describe_run(bench.config, bench.facts)
+    assert set(planned) == {"output", "samples", "parameters", "gradnet"}
+    found = planned["gradnet"]
+    kept = num_kept(bench.config, bench.facts)
+    assert (found["coordinates"], found["entries_kept"], found["widths"]) == (75, kept, [4, 3])
+    assert found["parameters"] == fit_gradnet(bench, Alone())["num_parameters"]
+    held = round(0.2 * 70)
+    assert found["gradients"] == {"ranges": 140, "entries": 140, "prediction": 3 * (42 + held)}
+    store = open_features(bench.url(units.ENTRIES))
+    entries = sum(store.row_bytes(name) for name in ("values", "coordinates"))
+    assert found["entry_bytes"] == 70 * entries

@@ -77,6 +77,33 @@ def test_every_row_comes_once_to_one_reader_from_any_batch_on(store, data):
         assert found == KEPT
 
 
+@settings(max_examples=50)
+@given(data=st.data())
+def test_rows_that_take_no_part_are_left_out_as_skipped_ones_are(store, data):
+    only = np.array(data.draw(st.lists(st.booleans(), min_size=NUM_ROWS, max_size=NUM_ROWS)))
+    options = {
+        "batch_size": data.draw(st.integers(1, 110)),
+        "shuffle": data.draw(st.booleans()),
+        "buffer_rows": data.draw(st.integers(1, 120)),
+        "names": ["index", "x"],
+    }
+    batches = list(store.iter_batches(**options, only=only))
+    whole = rows_of(batches)
+    assert sorted(row for batch in whole for row in batch) == [row for row in KEPT if only[row]]
+    assert len(store.iter_batches(**options, only=only)) == len(whole)
+    assert all(len(batch) == options["batch_size"] for batch in whole[:-1])
+    for batch in batches:
+        np.testing.assert_array_equal(batch["x"], np.stack([batch["index"], -batch["index"]], 1))
+    start = data.draw(st.integers(0, len(whole) + 1))
+    assert rows_of(store.iter_batches(**options, only=only, start=start)) == whole[start:]
+
+
+@pytest.mark.parametrize("only", [np.ones(NUM_ROWS - 1, bool), np.ones(NUM_ROWS)])
+def test_what_says_of_which_rows_batches_are_has_one_bool_for_each(store, only):
+    with pytest.raises(RequestError, match=f"not one bool for each of {NUM_ROWS} rows"):
+        store.iter_batches(3, ["index"], only=only)
+
+
 def test_the_arrays_of_a_batch_belong_together(store):
     for batch in store.iter_batches(7, ["x", "index"], shuffle=True):
         np.testing.assert_array_equal(batch["x"], np.stack([batch["index"], -batch["index"]], 1))
