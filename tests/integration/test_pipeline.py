@@ -313,7 +313,7 @@ def test_a_wrong_model_or_file_is_refused_before_the_folder_is_made(tmp_path):
 def test_a_plan_does_nothing(tmp_path):
     planned = pipeline.plan(digits(tmp_path / "run"))
 
-    assert planned["units"] == {"metric": 5, "features/train": 5, "features/test": 5, "linear": 1}
+    assert planned["units"] == {"metric": 5, "features/train": 5, "features/test": 5, "linear": 2}
     assert planned["feature_bytes"] == 1197 * 640 * 2
     assert list(tmp_path.iterdir()) == []
     assert Path(planned["output"]) == tmp_path / "run"

@@ -36,7 +36,7 @@ def fisher_ray(*arguments: str) -> tuple[int, str]:
 def test_every_store_of_a_run_is_checked(run):
     code, text = fisher_ray("verify", str(run))
     assert code == 0
-    assert text.count(": whole") == len(upkeep.STAGES)
+    assert text.count(": whole") == sum((run / name).exists() for name in upkeep.STAGES) > 0
     flip(next(path for path in sorted((run / "metric.zarr").rglob("0")) if path.is_file()))
     (run / "features/test.zarr/labels/c/0").unlink()
     code, text = fisher_ray("verify", str(run))
