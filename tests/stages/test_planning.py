@@ -29,7 +29,7 @@ def config(**replaced) -> Config:
 @given(
     st.integers(1, 10**6), st.integers(1, 64), st.integers(1, 16), st.integers(1, 40000), st.floats(0.001, 1), st.data()
 )
-def test_units_tile_the_rows_in_whole_chunks(num_rows, chunk_rows, chunks, columns, fraction, data):
+def test_units_tile_the_rows(num_rows, chunk_rows, chunks, columns, fraction, data):
     given_config = config(
         store={"chunk_rows": 64 * chunk_rows},
         runtime={"unit_rows": 64 * chunk_rows * chunks},
@@ -44,10 +44,11 @@ def test_units_tile_the_rows_in_whole_chunks(num_rows, chunk_rows, chunks, colum
         assert [unit.index for unit in made] == list(range(len(made)))
         assert [unit.start for unit in made] == [0, *(unit.stop for unit in made[:-1])]
         assert made[-1].stop == num_rows
-        assert all(unit.start % (64 * chunk_rows) == 0 for unit in made)
+    assert all(unit.start % (64 * chunk_rows) == 0 for unit in units)  # whole chunks, which have one writer
     for part, share in parts.items():
         least = max(planning.MIN_LEAF_ROWS, columns // 2)
         assert all(share * len(unit) >= least for unit in linear[part][:-1])
+        assert len(linear[part][0]) - len(linear[part][-1]) <= len(linear[part])  # workers end together
     metric = planning.metric_units(given_config, found)
     assert set(metric) <= set(units)
     assert len(units) * fraction - 1e-6 <= len(metric) <= len(units) * fraction + 1
