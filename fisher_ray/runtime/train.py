@@ -324,16 +324,20 @@ def _told(storage: Storage, advanced: Callable[[int, int, str], None]) -> Iterat
     """Pass on what rank 0 writes of its progress: Ray Train's workers cannot call the driver."""
     over = threading.Event()
 
+    def read() -> bytes | None:
+        try:
+            return storage.read_bytes(PROGRESS_FILE)
+        except (FileNotFoundError, StoppedError):  # not yet; or storage does not answer, which the workers tell
+            return None
+
+    before = read()  # of a training that was interrupted
+
     def watch() -> None:
-        before = None
+        nonlocal before
         while not over.wait(TOLD_S):
-            try:
-                raw = storage.read_bytes(PROGRESS_FILE)
-                told = json.loads(raw)
-            except (FileNotFoundError, StoppedError):  # not yet; or storage does not answer, which the workers tell
-                continue
-            if raw != before:
-                before, seen = raw, told["validation"]
+            if (raw := read()) is not None and raw != before:
+                before, told = raw, json.loads(raw)
+                seen = told["validation"]
                 shown = "" if seen is None else f", {100 * seen:.1f} % of the validation rows"
                 advanced(told["done"], told["total"], f"steps, loss {told['loss']:.3f}{shown}")
 
