@@ -74,7 +74,10 @@ def test_a_driver_that_has_lost_its_claim_writes_nothing_any_more(storage):
 
 
 def test_what_interrupted_a_stage_is_told_and_soon_where_storage_does_not_answer(storage, monkeypatch):
+    tries = []
+
     def silent(self, name, data, settle):
+        tries.append(name)
         raise TimeoutError(errno.ETIMEDOUT, "no answer")
 
     journal = Journal.open(storage, FACTS)
@@ -87,7 +90,8 @@ def test_what_interrupted_a_stage_is_told_and_soon_where_storage_does_not_answer
 
     with pytest.raises(DataError, match="row 7"):
         base()
-    assert 1 < time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 10
+    assert len(tries) > 1
 
 
 @settings(max_examples=25)

@@ -190,16 +190,15 @@ def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, nu
             raise KeyboardInterrupt
 
     kept_on: dict[str, Any] = {"checkpoints": checkpoints, "num_slices": num_slices}
-    with workers(tmp_path / "run", notes=notes) as given:
-        with pytest.raises(KeyboardInterrupt):
-            given.reduce("metric", rows, units, interrupt, **kept_on, folder=str(first))
-        kept = checkpoints.found()
-        assert kept
-        num_kept = sum(2**node.level for node in kept)
-        if damaged:
-            folder = Path(checkpoints.url(kept[0]))  # others may be there that are unfinished, or part of this one
-            chunk = next(path for path in sorted((folder / "matrix/c").rglob("*")) if path.is_file())
-            chunk.write_bytes(chunk.read_bytes()[:-1])
+    with workers(tmp_path / "run", notes=notes) as given, pytest.raises(KeyboardInterrupt):
+        given.reduce("metric", rows, units, interrupt, **kept_on, folder=str(first))
+    kept = checkpoints.found()  # once no worker can add to them
+    assert kept
+    num_kept = sum(2**node.level for node in kept)
+    if damaged:
+        folder = Path(checkpoints.url(kept[0]))  # others may be there that are unfinished, or part of this one
+        chunk = next(path for path in sorted((folder / "matrix/c").rglob("*")) if path.is_file())
+        chunk.write_bytes(chunk.read_bytes()[:-1])
     with workers(tmp_path / "run", notes=notes) as given:
         total = whole(given.reduce("metric", rows, units, lambda _: None, **kept_on, folder=str(second)))
     assert total["sum"] == sum(range(22))
