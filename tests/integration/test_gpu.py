@@ -49,3 +49,16 @@ def test_a_run_on_a_gpu_gives_the_same_bits_again(on_gpu, tmp_path):
     again = tmp_path / "run"
     fisher_ray.run(digits(again, "runtime.gpus_per_worker=0.5", "runtime.num_workers=1"))
     assert bits(again) == bits(output)
+
+
+def test_gradnet_on_a_gpu_learns_and_two_workers_that_share_it_give_the_bits_of_one(ray_session, tmp_path):
+    gradnet = ("gradnet.lr=0.1", "gradnet.momentum=0.9", "gradnet.widths=[32, 16]", "gradnet.steps=600")
+    every = (*gradnet, "linear.model=gradnet", "trained_on=null")
+    found = []
+    for num_workers, gpus in ((1, 1), (2, 0.5)):
+        runtime = (f"runtime.num_workers={num_workers}", f"runtime.gpus_per_worker={gpus}")
+        output = tmp_path / str(num_workers)
+        accuracy = fisher_ray.run(digits(output, *every, *runtime))["accuracy"]
+        assert accuracy["gradnet"] > accuracy["base"] + 0.1
+        found.append(bits(output))
+    assert found[0] == found[1]
