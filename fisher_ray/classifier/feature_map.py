@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from fisher_ray.classifier.batches import MICRO_BATCH, as_batch
+from fisher_ray.classifier.batches import MICRO_BATCH, as_batch, to_like
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of, precision_of
 from fisher_ray.metric import LowRankMetric
-from fisher_ray.stages.passes import batch_features
+from fisher_ray.records import Batch
+from fisher_ray.stages.passes import batch_features, compressed_scores, mean_views
 
 CUSTOM = "custom"
 """What stands in a metric's attributes for a likelihood of the user's own."""
@@ -52,29 +55,49 @@ class FeatureMap:
             self._compressors[key] = Compressor(self._metric.bases, self._engine.blocks, like)
         return self._compressors[key]
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(
+        self, inputs: Tensor, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.
+
+        Args:
+            inputs: ``(B, ...)``.
+            transform: what to make, instead of features, of compressed scores ``(B, C, D)`` averaged over the views;
+                linear in them.
 
         Raises:
             RequestError: if vectors are to be mirrored.
         """
+        transform = transform or self._metric.transform
         if self._views == 2 and inputs.ndim < 3:
             shape = tuple(inputs.shape[1:])
             raise RequestError(f"views 2 mirrors pictures, and a sample has shape {shape}. Give views=1.")
         if not len(inputs):
-            made, logits, hidden = self(inputs.new_zeros(1, *inputs.shape[1:]))
+            made, logits, hidden = self(inputs.new_zeros(1, *inputs.shape[1:]), transform)
             return made[:0], logits[:0], None if hidden is None else hidden[:0]
         with torch.inference_mode(False):  # scores need the graph that the mode would leave out
-            return self._features(inputs.clone() if inputs.is_inference() else inputs)
+            return self._made(inputs.clone() if inputs.is_inference() else inputs, transform)
 
-    def _features(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def compressed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return compressed scores ``(B, C, D)`` and the last hidden layer ``(B, H)`` or None, averaged over the views.
+
+        Of the whole batch at once, so that it can be traced.
+        """
+        engine, unused = self._engine, torch.zeros(0, dtype=torch.int64)
+        inputs = to_like(inputs, next(engine.model.parameters()))
+        batches = [Batch(view, unused, unused) for view in (inputs, inputs.flip(-1))[: self._views]]
+        found = [compressed_scores(engine, self._compressor(), batch, "all", 0) for batch in batches]
+        hidden = [layer for _, layer, _ in found if layer is not None]
+        return mean_views([values for _, _, values in found]), mean_views(hidden) if hidden else None
+
+    def _made(self, inputs: Tensor, transform: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         like = next(self._engine.model.parameters())
         compressor = self._compressor()
         blocks = [
             batch_features(
                 self._engine,
                 compressor,
-                self._metric,
+                transform,
                 as_batch(part, None, like),
                 labels="all",
                 seed=0,

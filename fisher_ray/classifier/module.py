@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any, Literal
 
@@ -9,8 +10,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from fisher_ray.classifier.deployment import export_program
 from fisher_ray.classifier.feature_map import FeatureMap
+from fisher_ray.classifier.folding import FoldedWeights
 from fisher_ray.config import Config
 from fisher_ray.errors import ModelError, StoreError
 from fisher_ray.journal import read_run
@@ -52,7 +56,7 @@ class FisherClassifier(nn.Module):
             )
         self.model = model
         self._metric, self._weights, self._views = metric, weights, views
-        self._map = FeatureMap(model, metric, views)
+        self._map, self._folded = FeatureMap(model, metric, views), FoldedWeights(metric, weights)
         self.eval()
 
     @classmethod
@@ -82,20 +86,43 @@ class FisherClassifier(nn.Module):
         Raises:
             ModelError: if the linear model has other columns than the features.
         """
-        made, _, hidden = self._map(inputs)
-        x = made.flatten(1)
-        if hidden is not None and x.shape[1] + hidden.shape[1] == self._weights.weight.shape[1]:
-            x = torch.cat([x, hidden], dim=1)
-        if x.shape[1] != self._weights.weight.shape[1]:
-            raise ModelError(
-                f"the linear model has {self._weights.weight.shape[1]} columns, the features {x.shape[1]}: "
-                "it was fitted on the features of another metric"
-            )
-        return self._weights.scores(x)
+        weighed, logits, hidden = self._map(inputs, self._folded.weigh)
+        return self._folded.finish(weighed, logits.shape[1], hidden)
 
     def predict_proba(self, inputs: Tensor) -> Tensor:
         """Return probabilities ``(B, C)``: the softmax of the scores over the temperature fitted on held-out rows."""
         return self._weights.to_probabilities(self(inputs))
+
+    def export(self, inputs: Tensor, url: str | None = None, *, any_batch: bool = True) -> ExportedProgram:
+        """Return a program that predicts with PyTorch alone, without this package and the network's code.
+
+        Args:
+            inputs: a batch such as it will be given, ``(B, ...)``, on this module's device.
+            url: a local path or ``s3://`` to write it to, for ``torch.export.load``.
+            any_batch: whether later batches may have another size than this one. Not every network lets itself be
+                traced so: not one with layers that have no formula here, nor with a metric of sketches.
+
+        Returns:
+            ``program.module()(inputs)`` returns the scores ``(B, C)`` of :meth:`forward` and the probabilities
+            ``(B, C)`` of :meth:`predict_proba`.
+
+        Raises:
+            ModelError: if the network cannot be traced.
+            StorageError: if it cannot be written.
+        """
+
+        def predict(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            compressed, hidden = self._map.compressed(inputs)
+            scores = self._folded.finish(self._folded.weigh(compressed), compressed.shape[1], hidden)
+            return scores, self._weights.to_probabilities(scores)
+
+        program = export_program(predict, inputs, any_batch=any_batch)
+        if url is not None:
+            storage, name = _place(url)
+            file = io.BytesIO()
+            torch.export.save(program, file)
+            storage.write_bytes(name, file.getvalue())
+        return program
 
     def to_bytes(self) -> bytes:
         """Return all parts as one safetensors file."""

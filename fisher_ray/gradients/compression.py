@@ -59,7 +59,7 @@ class Compressor:
 
     def compress(self, scores: Scores) -> Tensor:
         """Return compressed scores, ``(B, S, D)``."""
-        out = scores.logits.new_zeros(len(scores.logits), scores.num_scores, self.dim)
+        out = scores.logits.new_zeros(scores.logits.shape[0], scores.num_scores, self.dim)
         calls = scores.by_block()
         for name, (part, place) in self._parts.items():
             if name in calls:

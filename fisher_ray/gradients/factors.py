@@ -123,7 +123,7 @@ class LinearInput:
     def project(self, basis: Tensor) -> Tensor:
         """See :class:`AffineInput`."""
         if not self.weight:
-            return basis.T.expand(len(self.value), -1, -1).repeat_interleave(self.num_positions, dim=2)
+            return basis.T.expand(self.value.shape[0], -1, -1).repeat_interleave(self.num_positions, dim=2)
         weight, bias = basis[: self.value.shape[2]].T, basis[-1] if self.bias else None
         return functional.linear(self.value, weight.contiguous(), bias).transpose(1, 2)
 
@@ -149,11 +149,11 @@ class ConvolutionInput:
     @property
     def num_positions(self) -> int:
         """``T``."""
-        return math.prod(positions(self.layer, self.value)) * (len(self.value) // self.batch)
+        return math.prod(positions(self.layer, self.value)) * (self.value.shape[0] // self.batch)
 
     def patches(self, part: slice = EVERY) -> Tensor:
         """See :class:`AffineInput`."""
-        fold = len(self.value) // self.batch
+        fold = self.value.shape[0] // self.batch
         value = self.value.reshape(self.batch, fold, *self.value.shape[1:])[part].flatten(0, 1)
         return self._join(patches(self.layer, value), fold)
 
@@ -173,7 +173,7 @@ class ConvolutionInput:
         filters = basis[:-1] if self.bias else basis
         filters = filters.T.reshape(-1, *self.layer.weight.shape[1:]).contiguous()
         out = convolve(self.layer, self.value, filters, basis[-1] if self.bias else None).flatten(2)
-        return self._join(out, len(self.value) // self.batch)
+        return self._join(out, self.value.shape[0] // self.batch)
 
     @staticmethod
     def _join(value: Tensor, fold: int) -> Tensor:

@@ -32,7 +32,8 @@ def tensors(inputs: Inputs) -> list[Tensor]:
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
     )
     found = [value for value in values if isinstance(value, Tensor)]
-    if not found or len({len(value) if value.ndim else 0 for value in found} | {0}) != 2:
+    sizes = [value.shape[0] if value.ndim else 0 for value in found]  # not len(), which makes a symbol a number
+    if not found or not sizes[0] or any(size != sizes[0] for size in sizes):
         shapes = ", ".join(str(tuple(value.shape)) for value in found) or "no tensor"
         raise RequestError(f"inputs are {shapes}. Give tensors with one sample or more on the first axis of each.")
     return found
@@ -102,6 +103,8 @@ def pull_back(
     Raises:
         ModelError: if a part of the network is checkpointed in a way that gives no gradients of single tensors.
     """
+    if batched and any(isinstance(size, torch.SymInt) for size in cotangents.shape):
+        return _one_by_one(output, wanted, cotangents)  # while it is traced: some batching rules need numbers
     try:
         return torch.autograd.grad(
             output, wanted, cotangents, is_grads_batched=batched, allow_unused=True, retain_graph=batched

@@ -174,7 +174,7 @@ class ScoreEngine:
 
     def _way(self, inputs: Inputs) -> _Way:
         """Return the way that inputs of these shapes take through the network, looked at and verified."""
-        batch, key = len(tensors(inputs)[0]), signature(inputs)
+        batch, key = tensors(inputs)[0].shape[0], signature(inputs)
         way = self._ways.get(key)
         if way is not None and not way.open(min(batch, 2), self.parameters):
             return way
@@ -212,9 +212,9 @@ class ScoreEngine:
     def _compute(
         self, sites: Sites, inputs: Inputs, start: Callable[[Tensor], Tensor], precision: Precision | None = None
     ) -> Scores:
-        batch, precision = len(tensors(inputs)[0]), precision or self.precision
+        batch, precision = tensors(inputs)[0].shape[0], precision or self.precision
         with trace(self.model, inputs, sites, batch, precision) as run:
-            if len(run.output) != batch:
+            if run.output.shape[0] != batch:
                 raise ModelError(f"the network's output is {tuple(run.output.shape)} for {batch} samples")
             self.likelihood.check(run.output)
             cotangents, scales = precision.rescaled(start(run.output.detach()))
@@ -279,8 +279,8 @@ def _factors(
     if given is None:
         raise ModelError(f"layer {call.site.name!r} has an input without a row for each sample, and an output with one")
     value, delta = (precision.widened(part) for part in (given.outermost(value), axis.outermost(delta, 1)))
-    if len(value) != batch or delta.shape[1] != batch:
-        raise ModelError(f"layer {call.site.name!r} has {len(value)} rows for {batch} samples")
+    if value.shape[0] != batch or delta.shape[1] != batch:
+        raise ModelError(f"layer {call.site.name!r} has {value.shape[0]} rows for {batch} samples")
     value, delta = value.flatten(0, 1), multiplied(delta, scales)
     return [call.site.layer.factors(part, value, delta) for part in call.site.parts]
 

@@ -43,7 +43,7 @@ class GradientSketch:
 
     def compress(self, scores: Scores) -> Tensor:
         """Return the sketches, ``(B, S, k)``."""
-        out = scores.logits.new_zeros(len(scores.logits), scores.num_scores, 2 * self.dim)
+        out = scores.logits.new_zeros(scores.logits.shape[0], scores.num_scores, 2 * self.dim)
         for item in scores.factors:
             self._blocks[item.block.name].add(item, out)
         return fold(out)

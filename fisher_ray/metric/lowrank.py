@@ -174,14 +174,33 @@ class LowRankMetric:
         Raises:
             ModelError: if ``R`` is not the metric's.
         """
-        if features.shape[-1] != self.rank:
-            raise ModelError(f"there are {features.shape[-1]} features, and the metric has rank {self.rank}")
+        self._check_features(features)
         out, place = features.new_zeros(*features.shape[:-1], self.dim), 0
         for part in self.parts:
             matrix = part.eigvecs * (part.eigvals + part.damping).sqrt()
             out[..., part.start : part.stop] = features[..., place : place + matrix.shape[1]] @ matrix.T.to(features)
             place += matrix.shape[1]
         return out
+
+    def fold(self, weights: Tensor) -> Tensor:
+        """Return what weighs compressed scores as ``weights`` weigh their features, ``(..., R)`` to ``(..., D)``.
+
+        The adjoint of :meth:`transform`: ``fold(w) · s`` is ``w · transform(s)``.
+
+        Raises:
+            ModelError: if ``R`` is not the metric's.
+        """
+        self._check_features(weights)
+        out, place = weights.new_zeros(*weights.shape[:-1], self.dim), 0
+        for part in self.parts:
+            matrix = part.whitening.to(weights)
+            out[..., part.start : part.stop] = weights[..., place : place + matrix.shape[1]] @ matrix.T
+            place += matrix.shape[1]
+        return out
+
+    def _check_features(self, features: Tensor) -> None:
+        if features.shape[-1] != self.rank:
+            raise ModelError(f"there are {features.shape[-1]} features, and the metric has rank {self.rank}")
 
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Damped Fisher kernel of compressed scores: ``(..., M, D)``, ``(..., N, D)`` -> ``(..., M, N)``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisher_ray.config import Config
 from fisher_ray.gradients import Compressor, ScoreEngine, Scores, square_norms
-from fisher_ray.metric import FisherSum, KroneckerSums, LowRankMetric, zero_sums
+from fisher_ray.metric import FisherSum, KroneckerSums, zero_sums
 from fisher_ray.records import Batch
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.halving import Halvings
@@ -224,7 +224,7 @@ def _finite_factors(scores: Scores) -> Tensor:
 def batch_features(
     engine: ScoreEngine,
     compressor: Compressor,
-    metric: LowRankMetric,
+    transform: Callable[[Tensor], Tensor],
     batch: Batch,
     *,
     labels: str,
@@ -233,12 +233,12 @@ def batch_features(
     drop: Drop | None = None,
     halvings: Halvings | None = None,
 ) -> Features | None:
-    """Whitened features of one batch, averaged over its views.
+    """Features of one batch, averaged over its views.
 
     Args:
         engine: of the base network.
         compressor: of the metric's bases.
-        metric: what whitens.
+        transform: a linear map of the compressed scores ``(B, S, D)``, such as the metric's.
         batch: clean samples.
         labels: ``scores.labels``.
         seed: the run's.
@@ -262,19 +262,19 @@ def batch_features(
             logits.append(view_logits)
             hidden += [] if view_hidden is None else [view_hidden]
             compressed.append(values)
-        return logits, hidden, _mean(compressed)
+        return logits, hidden, mean_views(compressed)
 
     def finite(made: tuple[list[Tensor], list[Tensor], Tensor]) -> Tensor:
-        return finite_rows(made[2]) & finite_rows(_mean(made[0]))
+        return finite_rows(made[2]) & finite_rows(mean_views(made[0]))
 
     def features(part: Batch) -> Features | None:
         found = usable_samples(part, compressed_of, finite, drop)
         if found is None:
             return None
         kept, (logits, hidden, compressed) = found
-        values = metric.transform(compressed)  # whitening is linear: one for all views
+        values = transform(compressed)  # one for all views, being linear
         values = values if labels == "all" else values[:, 0]
-        return Features(kept, values, _mean(logits), _mean(hidden) if hidden else None)
+        return Features(kept, values, mean_views(logits), mean_views(hidden) if hidden else None)
 
     parts: list[Features | None] = []
     (halvings or Halvings()).each(batch, features, parts.append)
@@ -294,7 +294,8 @@ def _joined(parts: list[Features]) -> Features | None:
     )
 
 
-def _mean(parts: list[Tensor]) -> Tensor:
+def mean_views(parts: list[Tensor]) -> Tensor:
+    """Return the mean of one tensor a view, one or two."""
     return parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
 
 

@@ -114,7 +114,7 @@ def _features(bench: Workbench, split: str, unit: Unit, log: UnitLog) -> Iterato
             made = batch_features(
                 bench.engine,
                 bench.compressor,
-                bench.metric,
+                bench.metric.transform,
                 batch,
                 labels=config.scores.labels,
                 seed=config.seed,

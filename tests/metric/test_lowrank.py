@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fisher_ray
 from fisher_ray.errors import ModelError, StoreError
 from fisher_ray.metric import LowRankMetric, Part
 from fisher_ray.records import LayerSketch
@@ -128,6 +129,20 @@ def test_the_undamped_kernel_does_not_change_under_a_linear_change_of_coordinate
     after = metric_of((moved @ moved.T).numpy(), dim, 0.0).kernel(a @ change.T, b @ change.T)
 
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("structure", ["global", "block"])
+def test_folded_weights_weigh_scores_as_the_weights_weigh_their_features(structure):
+    model, inputs = make("mlp", 30)
+    metric = fisher_ray.fit_metric(model, inputs, dim=50, rank=20, structure=structure)
+    assert (len(metric.parts) > 1) == (structure == "block")
+    scores = torch.randn(8, 10, metric.dim, dtype=torch.float64)
+    weights = torch.randn(3, metric.rank, dtype=torch.float64)
+    torch.testing.assert_close(
+        scores @ metric.fold(weights).T, metric.transform(scores) @ weights.T, rtol=1e-10, atol=1e-10
+    )
+    with pytest.raises(ModelError, match=f"there are 3 features, and the metric has rank {metric.rank}"):
+        metric.fold(weights[:, :3])
 
 
 def test_scores_with_other_coordinates_are_refused(fitted):

@@ -100,8 +100,8 @@ def test_features_are_those_of_smaller_batches_in_the_order_of_the_rows(views):
     metric = LowRankMetric(bases, (part,), (), {})
     options = {"labels": "all", "seed": 0, "views": views}
 
-    made = batch_features(limited, compressor, metric, batches(7, 7)[0], **options, halvings=halvings)
-    (whole,) = (batch_features(free, compressor, metric, batch, **options) for batch in batches(7, 7))
+    made = batch_features(limited, compressor, metric.transform, batches(7, 7)[0], **options, halvings=halvings)
+    (whole,) = (batch_features(free, compressor, metric.transform, batch, **options) for batch in batches(7, 7))
     assert made.batch.index.tolist() == list(range(100, 107))
     for name in ("values", "logits", "hidden"):
         torch.testing.assert_close(getattr(made, name), getattr(whole, name), rtol=1e-5, atol=1e-6)

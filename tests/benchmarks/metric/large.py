@@ -119,7 +119,7 @@ def measure(samples: int, micro_batch: int, side: int, num_classes: int) -> dict
     with steps.step("decomposition"):
         found = LowRankMetric(bases, *sums.decompose(arrays), {})
     with steps.step("features"):
-        made = batch_features(engine, compressor, found, batches[0], labels="sampled", seed=0, views=1)
+        made = batch_features(engine, compressor, found.transform, batches[0], labels="sampled", seed=0, views=1)
     assert made is not None
     assert bool(made.values.isfinite().all())
     print(f"rank {found.rank}, {found.dim} coordinates in {len(bases)} blocks; moments {moment_bytes / 1e9:.2f} GB")
