@@ -70,6 +70,18 @@ def test_where_the_number_of_samples_changes_the_steps_it_has_to_be_given(name, 
     torch.testing.assert_close(program(inputs[3:6])[0], classifier(inputs[3:6]), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.gpu
+def test_a_program_exported_on_a_gpu_predicts_there_as_the_classifier_does_on_the_processor():
+    model, inputs = build("resnet, batch norm", 7)
+    classifier = classifier_of(model, inputs, views=2)
+    expected = classifier(inputs)
+    classifier.cuda()
+    torch.testing.assert_close(classifier(inputs.cuda()).cpu(), expected, rtol=1e-6, atol=1e-6)
+    scores, _ = classifier.export(inputs[:2].cuda()).module()(inputs.cuda())
+    assert scores.is_cuda
+    torch.testing.assert_close(scores.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_the_classifier_is_as_before_after_an_export():
     model, inputs = build("resnet, batch norm", 7)
     classifier = classifier_of(model, inputs)
