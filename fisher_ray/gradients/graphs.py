@@ -49,7 +49,7 @@ class Graphs:
                 a number, is not recorded but called each time.
             tensors: one at least.
         """
-        if not all(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors):
+        if self._batch is None or not all(isinstance(tensor, Tensor) and tensor.is_cuda for tensor in tensors):
             return function(*tensors)
         if len(tensors[0]) != self._batch:
             return function(*tensors)
