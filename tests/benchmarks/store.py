@@ -1,12 +1,12 @@
 """The feature store's speed beside plain files of the same bytes, and in S3 beside s3fs' own calls.
 
-``python -m tests.benchmarks.store [--rounds 7] [--folder /tmp] [--no-s3]``: rounds are interleaved in one process.
+``python -m tests.benchmarks.store [--rounds 7] [--units 4] [--folder /tmp] [--no-s3]``: rounds are interleaved in one
+process. A store has 13 small objects, and one a unit, beside its chunks; in S3 that counts where units are few.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import statistics
@@ -24,28 +24,28 @@ from fisher_ray.records import Unit
 from fisher_ray.store import ArraySpec, StoreSpec, create_store, open_features, seal, write_unit
 from tests.s3_server import KEY, SECRET, S3Server, make_bucket, s3_environment
 
-UNITS, UNIT_ROWS, CHUNK_ROWS, COLUMNS = 4, 2048, 1024, 10240
+UNIT_ROWS, CHUNK_ROWS, COLUMNS = 2048, 1024, 10240
 CONCURRENCY = {"local": 2, "s3": 8}
 """As many threads as the store itself uses."""
 
 
-def spec(dtype: str = "float16") -> StoreSpec:
+def spec(num_units: int) -> StoreSpec:
     """One array of 10,240 columns."""
-    arrays = {"features": ArraySpec((COLUMNS,), dtype, ("sample", "rank"))}
-    return StoreSpec(UNITS * UNIT_ROWS, UNIT_ROWS, CHUNK_ROWS, "none", arrays)
+    arrays = {"features": ArraySpec((COLUMNS,), "float16", ("sample", "rank"))}
+    return StoreSpec(num_units * UNIT_ROWS, UNIT_ROWS, CHUNK_ROWS, "none", arrays)
 
 
 def write_store(url: str, values: list[np.ndarray], *, at_once: int = 1) -> None:
     """Write and seal a store, so many units at once, as workers do; a unit's chunks are written at once anyway."""
-    create_store(url, spec())
+    create_store(url, spec(len(values)))
 
     def write(number: int) -> None:
         unit = Unit(number, number * UNIT_ROWS, (number + 1) * UNIT_ROWS)
         write_unit(url, unit, {"features": values[number]}, attempt=1, skipped={})
 
     with ThreadPoolExecutor(at_once) as threads:
-        list(threads.map(write, range(UNITS)))
-    seal(url, UNITS)
+        list(threads.map(write, range(len(values))))
+    seal(url, len(values))
 
 
 def read_store(url: str, *, raw: bool, where: str = "local") -> None:
@@ -53,7 +53,7 @@ def read_store(url: str, *, raw: bool, where: str = "local") -> None:
     store = open_features(url)
     read = store.read_raw if raw else store.read
     with ThreadPoolExecutor(CONCURRENCY[where]) as threads:
-        spans = range(0, UNITS * UNIT_ROWS, CHUNK_ROWS)
+        spans = range(0, store.num_rows, CHUNK_ROWS)
         list(threads.map(lambda first: len(read("features", first, first + CHUNK_ROWS)), spans))
 
 
@@ -99,15 +99,22 @@ def write_objects(files: Any, url: str, values: list[np.ndarray]) -> None:
 def read_objects(files: Any, url: str) -> None:
     """Read them."""
     with ThreadPoolExecutor(CONCURRENCY["s3"]) as threads:
-        names = [f"{url}/{number}" for number in range(UNITS * UNIT_ROWS // CHUNK_ROWS)]
+        names = files.ls(url, detail=False)
         list(threads.map(lambda name: len(files.cat_file(name)), names))
 
 
-def compare(what: str, num_bytes: int, rounds: int, ways: dict[str, Callable[[], Any]]) -> None:
-    """Print each way's rate, and its share of the first's, medians of interleaved rounds."""
+def compare(
+    what: str,
+    num_bytes: int,
+    rounds: int,
+    ways: dict[str, Callable[[], Any]],
+    before: Callable[[], object] = lambda: None,
+) -> None:
+    """Print each way's rate, and its share of the first's, medians of interleaved rounds; ``before`` is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            before()
             start = time.perf_counter()
             way()
             if number:  # the first round warms up
@@ -137,27 +144,26 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="The feature store's speed beside plain files.")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--units", type=int, default=4, help=f"of {UNIT_ROWS} rows and 42 MB each")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     parser.add_argument("--no-s3", action="store_true")
     given = parser.parse_args()
     chance = np.random.default_rng(0)
-    values = [chance.standard_normal((UNIT_ROWS, COLUMNS), np.float32).astype(np.float16) for _ in range(UNITS)]
+    values = [chance.standard_normal((UNIT_ROWS, COLUMNS), np.float32).astype(np.float16) for _ in range(given.units)]
     num_bytes = sum(rows.nbytes for rows in values)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         plain, store = Path(name, "plain"), Path(name, "store.zarr")
 
-        def again(folder: Path, act: Callable[[], None]) -> Callable[[], None]:
-            def run() -> None:
+        def clear() -> None:
+            for folder in (plain, store):
                 shutil.rmtree(folder, ignore_errors=True)
-                act()
-
-            return run
 
         write = {
-            "plain files, on the disk": again(plain, lambda: write_plain(plain, values)),
-            "store": again(store, lambda: write_store(str(store), values)),
+            "plain files, on the disk": lambda: write_plain(plain, values),
+            "store": lambda: write_store(str(store), values),
         }
-        compare("local write", num_bytes, given.rounds, write)
+        compare("local write", num_bytes, given.rounds, write, clear)
+        write_plain(plain, values)
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
         print(f"bytes on the disk: {size / num_bytes:.4f} of the data's")
         read = {
@@ -169,15 +175,22 @@ def main() -> None:
     if given.no_s3:
         return
     with bucket() as (files, url):
-        numbers = itertools.count()
+        plain_s3, store_s3 = f"{url}/plain", f"{url}/store"
+
+        def clear_s3() -> None:
+            for place in (plain_s3, store_s3):
+                if files.exists(place):
+                    files.rm(place, recursive=True)
+
         write_s3 = {
-            "s3fs": lambda: write_objects(files, f"{url}/plain{next(numbers)}", values),
-            "store": lambda: write_store(f"{url}/s{next(numbers)}", values, at_once=UNITS),
+            "s3fs": lambda: write_objects(files, plain_s3, values),
+            "store": lambda: write_store(store_s3, values, at_once=CONCURRENCY["s3"] // 2),
         }
-        compare("S3 write", num_bytes, given.rounds, write_s3)
+        compare("S3 write", num_bytes, given.rounds, write_s3, clear_s3)
+        write_objects(files, plain_s3, values)
         read_s3 = {
-            "s3fs": lambda: read_objects(files, f"{url}/plain0"),
-            "store, as stored": lambda: read_store(f"{url}/s1", raw=True, where="s3"),
+            "s3fs": lambda: read_objects(files, plain_s3),
+            "store, as stored": lambda: read_store(store_s3, raw=True, where="s3"),
         }
         compare("S3 read", num_bytes, given.rounds, read_s3)
 
