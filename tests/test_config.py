@@ -37,7 +37,7 @@ def test_cifar10_configuration_is_the_recipe():
     )
     assert config.base is not None
     assert (config.base.steps, config.base.batch_size, config.base.lr) == (1800, 64, 0.05)
-    assert (config.compression.dim, config.metric.rank) == (2048, 1024)
+    assert (config.scores.parameters, config.compression.dim, config.metric.rank) == ("conv1.*", 2048, 512)
     assert (config.linear.model, config.linear.views) == ("ridge", 2)
 
 
@@ -91,7 +91,7 @@ def test_keys_left_out_take_the_documented_defaults():
         ("metric={size: 20, rank: 30, estimator: nystrom}", ["size 20", "rank 30"]),
         ("metric={centered: true, estimator: frequent_directions}", ["mean", "centered"]),
         ("metric.centered=true", ["centered", "zero"]),
-        ("linear.ranks=[4096]", ["linear.ranks", "4096", "metric.rank 1024"]),
+        ("linear.ranks=[4096]", ["linear.ranks", "4096", "metric.rank 512"]),
         ("linear.ranks=[]", ["linear.ranks"]),
         ("linear={model: logistic, ranks: [4]}", ["ranks", "'ridge'", "'logistic'"]),
         ("linear.dampings=[-1]", ["linear.dampings", "-1"]),
