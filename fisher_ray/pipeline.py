@@ -247,6 +247,8 @@ class _Run(GradNetStages):
         """Compare, and write the report."""
         if self._config.trained_on is not None:
             self._stage("trained_on", None, self._train_on)
+            if self._config.trained_on.convergence is not None:
+                self._stage("converged", None, lambda: self._solo("converged", training.train_to_convergence))
         self._stage("report", None, self._write_report)
 
     def _train_on(self) -> dict[str, Any]:

@@ -78,6 +78,21 @@ class BaseConfig(Section):
     """Steps after which the weights are also kept, as ``base/step-N.safetensors``."""
 
 
+class ConvergenceConfig(Section):
+    """Training until it gains nothing more on validation rows.
+
+    The learning rate is constant, and divided by ten each time that ``patience`` looks at the validation rows were no
+    better than the best before; the third time, it is over, and the weights that did best are kept.
+    """
+
+    evaluate_steps: PositiveInt = 500
+    """Steps between two looks."""
+    patience: PositiveInt = 4
+    max_steps: PositiveInt = 50_000
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the shallow split's rows that are not trained on; the first 4,096 of them are looked at."""
+
+
 class TrainedOnConfig(Section):
     """The comparison's trained-on network: SGD from the base network, for the time that the shallow model took.
 
@@ -90,6 +105,8 @@ class TrainedOnConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     seconds: Literal["auto"] | PositiveFloat = "auto"
     """``auto``: what metric, features of the training rows and linear model took."""
+    convergence: ConvergenceConfig | None = None
+    """Given, the base network is also trained on for as long as it gains by it."""
 
 
 class ScoresConfig(Section):

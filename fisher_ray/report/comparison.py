@@ -14,11 +14,12 @@ LABELS = {
     "linear_probe_ridge": "the same, fitted as ridge regression",
     "linear_probe_logistic": "the same, fitted as logistic regression",
     "trained_on": "base trained on, same data and time",
+    "converged": "base trained on with it to convergence",
     "gradnet": "GradNet",
     "fisher_linear": "linear model on Fisher features",
 }
 """What each key of ``accuracy`` is called, in the order shown."""
-OPTIONAL = ("gradnet", "linear_probe_ridge", "linear_probe_logistic")
+OPTIONAL = ("gradnet", "converged", "linear_probe_ridge", "linear_probe_logistic")
 """Models that are left out, rather than shown as not run, when they have no accuracy."""
 ABSENT = "–"
 

@@ -14,7 +14,7 @@ from fisher_ray.storage import Storage
 MOST_SKIPPED = 100
 """Skipped rows that are listed; beyond them, only their number is."""
 
-_STAGES = {"trained_on": "training on"}
+_STAGES = {"trained_on": "training on", "converged": "training on to convergence"}
 """Stages that are called otherwise than their key."""
 
 _METRIC = {

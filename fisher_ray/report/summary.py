@@ -49,6 +49,9 @@ def summarise(
     trained_on = stages.get("trained_on", {}).get("result", {})
     if trained_on.get("correct") is not None:
         accuracy["trained_on"] = trained_on["correct"] / trained_on["total"]
+    converged = stages.get("converged", {}).get("result", {})
+    if converged.get("correct") is not None:
+        accuracy["converged"] = converged["correct"] / converged["total"]
     if tested:
         accuracy["gradnet"] = tested["correct"]["gradnet"] / tested["total"]
     results = {
@@ -84,9 +87,9 @@ def _num_features(config: Config, metric: Mapping[str, Any], num_classes: int, s
 
 
 def _all_seconds(stages: Stages) -> dict[str, float]:
-    """Return the wall time of what every run does; of GradNet, only where it was run."""
+    """Return the wall time of what every run does; of GradNet and of training to convergence, where they were run."""
     found = {name: _seconds(stages, name) for name in ("base", "metric", "features", "linear", "trained_on")}
-    return found | ({"gradnet": _seconds(stages, "gradnet")} if "gradnet" in stages else {})
+    return found | {name: _seconds(stages, name) for name in ("gradnet", "converged") if name in stages}
 
 
 def _rates(stages: Stages) -> dict[str, float]:

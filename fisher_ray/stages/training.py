@@ -7,21 +7,28 @@ import itertools
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fisher_ray.config import BaseConfig, Config, TrainedOnConfig
+from fisher_ray.config import BaseConfig, Config, ConvergenceConfig, TrainedOnConfig
 from fisher_ray.data import load_batches, training_batches
 from fisher_ray.errors import DataError, ModelError
 from fisher_ray.records import Batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, network_bytes
+from fisher_ray.stages.shallow import held_out
 from fisher_ray.stages.workbench import BASE_FILE, Workbench
 
 LOSS_EVERY = 50
 """Steps between two looks at the loss."""
+CONVERGENCE_FACTOR, MAX_RATES = 0.1, 3
+"""What the learning rate is multiplied by where training gains nothing more, and how many rates there are."""
+MAX_VALIDATION_ROWS = 4096
+"""Validation rows that a training to convergence keeps in memory."""
 
 
 def train_base(bench: Workbench) -> Iterator[dict[str, Any]]:
@@ -93,10 +100,99 @@ def train_on(bench: Workbench, *, seconds: float) -> Iterator[dict[str, Any]]:
     yield {"steps": step, "epochs": epochs, "correct": correct, "total": total}
 
 
+def train_to_convergence(bench: Workbench) -> Iterator[dict[str, Any]]:
+    """Train the base network on with the shallow split, augmented, until that gains nothing more on validation rows.
+
+    As ``trained_on.convergence`` says. The weights that did best are written to ``base/converged.safetensors``.
+
+    Yields:
+        ``done``, ``total`` steps and ``text`` after each look at the validation rows; at the end ``path``, of every
+        look ``step``, ``seconds`` of training alone, ``accuracy`` and ``lr``; ``step``, whose weights were kept;
+        ``epochs``, ``correct`` and ``total`` on the test rows, with the run's views; ``correct`` is None if training
+        diverged before the first look.
+    """
+    asked = (bench.config.trained_on or TrainedOnConfig()).convergence or ConvergenceConfig()
+    settings, seed = _settings(bench.config), bench.config.seed
+    model, validation = bench.new_model(), _validation_batches(bench, asked.validation)
+    optimiser, batches = _sgd(model, settings), _augmented(bench, "shallow", seed + 2, settings)
+    plateau = ReduceLROnPlateau(optimiser, mode="max", factor=CONVERGENCE_FACTOR, patience=asked.patience - 1)
+    lowest = settings.lr * CONVERGENCE_FACTOR ** (MAX_RATES - 0.5)
+    path: list[dict[str, Any]] = [{"step": 0, "seconds": 0.0, "accuracy": _share(bench, model, validation)}]
+    best: dict[str, Tensor] = {}
+    start, spent = time.monotonic(), 0.0
+    try:
+        for step, batch in enumerate(itertools.islice(batches, asked.max_steps), start=1):
+            trained = ~held_out(batch.index.numpy(), seed, asked.validation)
+            loss = _step(model, optimiser, _some(batch, torch.from_numpy(trained)), bench.device)
+            if step % asked.evaluate_steps and step < asked.max_steps:
+                continue
+            spent += time.monotonic() - start
+            if not math.isfinite(float(loss)) or _not_finite(model):
+                break
+            accuracy, rate = _share(bench, model, validation), optimiser.param_groups[0]["lr"]
+            if not best or accuracy > max(look["accuracy"] for look in path[1:]):
+                best = {name: value.clone() for name, value in model.state_dict().items()}
+            path.append({"step": step, "seconds": spent, "accuracy": accuracy, "lr": rate})
+            text = f"steps at most, {100 * accuracy:.1f} % of the validation rows, learning rate {rate:g}"
+            yield {"done": step, "total": asked.max_steps, "text": text}
+            plateau.step(accuracy)
+            if optimiser.param_groups[0]["lr"] < lowest:
+                break
+            start = time.monotonic()
+    finally:
+        batches.close()
+    if not best:
+        yield {"path": path, "step": 0, "epochs": 0.0, "correct": None, "total": 0}
+        return
+    model.load_state_dict(best)
+    bench.storage.write_bytes("base/converged.safetensors", network_bytes(model))
+    correct, total = count_correct(bench, model.eval())
+    chosen = max(path[1:], key=lambda look: float(look["accuracy"]))["step"]
+    epochs = path[-1]["step"] * settings.batch_size / bench.facts.num_rows["shallow"]
+    yield {"path": path, "step": chosen, "epochs": epochs, "correct": correct, "total": total}
+
+
+def _validation_batches(bench: Workbench, share: float) -> list[Batch]:
+    """Return the first :data:`MAX_VALIDATION_ROWS` of the shallow split's rows that are held out, as clean samples."""
+    found, num_rows = list[Batch](), 0
+    with closing(clean_batches(bench, "shallow", range(bench.facts.num_rows["shallow"]), {})) as batches:
+        for batch in batches:
+            held = torch.from_numpy(held_out(batch.index.numpy(), bench.config.seed, share))
+            if not bool(held.any()):
+                continue
+            found.append(_some(batch, held))
+            num_rows += len(found[-1].index)
+            if num_rows >= MAX_VALIDATION_ROWS:
+                break
+    if not found:
+        raise DataError("no row of data.shallow is a validation row. Raise trained_on.convergence.validation.")
+    return found
+
+
+def _some(batch: Batch, chosen: Tensor) -> Batch:
+    here = chosen.to(batch.inputs.device)
+    return Batch(batch.inputs[here], batch.labels[here], batch.index[chosen])
+
+
+def _share(bench: Workbench, model: nn.Module, batches: list[Batch]) -> float:
+    """Return the share of clean samples that a network gets right with the run's views."""
+    model.eval()
+    with torch.no_grad():
+        right = sum(int((_predicted(bench, model, batch) == batch.labels).sum()) for batch in batches)
+    return right / sum(len(batch.labels) for batch in batches)
+
+
+def _predicted(bench: Workbench, model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(batch.inputs)
+    if bench.config.linear.views == 2:
+        logits = (logits + model(batch.inputs.flip(-1))) / 2
+    return logits.argmax(1)
+
+
 def _settings(config: Config) -> BaseConfig:
     """Join ``trained_on`` to ``base``; ``steps`` has no meaning here."""
     settings, asked = config.base or BaseConfig(steps=1), config.trained_on or TrainedOnConfig()
-    return settings.model_copy(update=asked.model_dump(exclude={"seconds"}, exclude_none=True))
+    return settings.model_copy(update=asked.model_dump(exclude={"seconds", "convergence"}, exclude_none=True))
 
 
 def count_correct(bench: Workbench, model: nn.Module) -> tuple[int, int]:
@@ -104,10 +200,7 @@ def count_correct(bench: Workbench, model: nn.Module) -> tuple[int, int]:
     correct = total = 0
     with torch.no_grad():
         for batch in clean_batches(bench, "test", range(bench.facts.num_rows["test"]), {}):
-            logits: Tensor = model(batch.inputs)
-            if bench.config.linear.views == 2:
-                logits = (logits + model(batch.inputs.flip(-1))) / 2
-            correct += int((logits.argmax(1) == batch.labels).sum())
+            correct += int((_predicted(bench, model, batch) == batch.labels).sum())
             total += len(batch.labels)
     return correct, total
 

@@ -10,7 +10,8 @@ from fisher_ray.errors import ModelError
 from fisher_ray.models import digits_mlp
 from fisher_ray.stages import Workbench, inspect_request, training
 from fisher_ray.stages.networks import build_network
-from fisher_ray.stages.training import count_correct, train_base, train_on
+from fisher_ray.stages.shallow import held_out
+from fisher_ray.stages.training import count_correct, train_base, train_on, train_to_convergence
 from tests.integration.runs import digits
 from tests.stages.small_runs import ROWS, small_bench
 
@@ -59,6 +60,39 @@ def test_training_on_takes_its_time_and_counts_the_test_rows(tmp_path):
     assert last["epochs"] == last["steps"] * 32 / 600
     kept = safetensors.torch.load_file(tmp_path / "base" / "trained_on.safetensors")
     assert not torch.equal(kept["fc0.weight"], made.model.state_dict()["fc0.weight"])
+
+
+def test_training_to_convergence_ends_when_nothing_is_gained_and_keeps_what_did_best(tmp_path, monkeypatch):
+    made = bench(tmp_path, "trained_on.convergence={evaluate_steps: 20, patience: 2, max_steps: 5000}")
+    list(train_base(made))
+    seen: list[torch.Tensor] = []
+    step = training._step
+
+    def watched(model, optimiser, batch, device):
+        seen.append(batch.index)
+        return step(model, optimiser, batch, device)
+
+    monkeypatch.setattr(training, "_step", watched)
+    *told, last = train_to_convergence(made)
+    path, rate = last["path"], made.config.base.lr
+    assert [look["step"] for look in path] == [20 * number for number in range(len(path))]
+    assert len(told) == len(path) - 1 < 250  # it did not go on to the last step
+    assert dict.fromkeys(look["lr"] for look in path[1:]) == dict.fromkeys((rate, rate * 0.1, rate * 0.1 * 0.1))
+    best = max(look["accuracy"] for look in path[1:])
+    assert next(look["accuracy"] for look in path if look["step"] == last["step"]) == best > path[0]["accuracy"]
+    assert last["correct"] / last["total"] > count_correct(made, made.model)[0] / 597
+    assert not held_out(torch.cat(seen).numpy(), made.config.seed, 0.1).any()
+    kept = made.new_model()
+    kept.load_state_dict(safetensors.torch.load_file(tmp_path / "base" / "converged.safetensors"))
+    assert count_correct(made, kept.eval()) == (last["correct"], last["total"])
+
+
+def test_training_to_convergence_that_diverges_does_not_fail_the_run(tmp_path):
+    made = bench(tmp_path, "trained_on={lr: 1.0e+30, convergence: {evaluate_steps: 5}}")
+    list(train_base(made))
+    *_, last = train_to_convergence(made)
+    assert (last["correct"], last["step"]) == (None, 0)
+    assert not (tmp_path / "base" / "converged.safetensors").exists()
 
 
 def test_training_on_that_diverges_does_not_fail_the_run(tmp_path):
