@@ -1,64 +1,41 @@
-"""Figures as inline SVG whose colours and font are the page's own, so that they follow its light and dark theme."""
+"""The figures of a run's page."""
 
 from __future__ import annotations
 
-import html
-import io
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from fisher_ray.report.comparison import Row, percent, seconds
+from fisher_ray.report.drawing import ACCENT, BAR, DASHES, INK, STYLE, only_bottom, plain, start, svg
 
-_INK, _ACCENT, _BAR, _LINE = "#010101", "#020202", "#030303", "#040404"
-_THEME = {_INK: "--ink", _ACCENT: "--accent", _BAR: "--bar", _LINE: "--line"}
-"""Colours drawn with, and the page's variables that take their place."""
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10,
-    "grid.color": _LINE,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
 MOST_LAYERS = 8
 """Layers whose spectra are drawn."""
 MOST_TICKS = 6
 """Penalties that have a tick each; of more, the decades have one."""
-_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 2)), (0, (6, 2, 1, 2)))
-_INCHES = 4.6
-"""Width: on a phone the letters are then about as large as the page's."""
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def accuracy_bars(rows: Sequence[Row]) -> str:
     """Draw the models' accuracies with their intervals."""
     shown = [row for row in rows if row.accuracy is not None and row.interval is not None]
-    figure, axes = _start(0.52 * len(shown) + 0.6)
+    figure, axes = start(0.52 * len(shown) + 0.6)
     for place, row in enumerate(shown):
         value, (low, high) = row.accuracy or 0.0, row.interval or (0.0, 0.0)
-        axes.barh(place, value, height=0.3, color=_ACCENT if row.key == "fisher_linear" else _BAR)
-        axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=_INK, capsize=3, linewidth=1.2)
+        axes.barh(place, value, height=0.3, color=ACCENT if row.key == "fisher_linear" else BAR)
+        axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=INK, capsize=3, linewidth=1.2)
         axes.text(0, place - 0.24, row.label, va="bottom")
         axes.text(1, place - 0.24, percent(value), va="bottom", ha="right")
     axes.set(xlim=(0, 1), ylim=(len(shown) - 0.6, -0.75), xlabel="accuracy on the test samples")
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    _only_bottom(axes)
+    only_bottom(axes)
     text = "; ".join(f"{row.label} {row.cells()[1]}, interval {row.cells()[3]}" for row in shown)
-    return _svg(figure, "accuracy", f"Bar chart of test accuracies with 95 % intervals: {text}.")
+    return svg(figure, "accuracy", f"Bar chart of test accuracies with 95 % intervals: {text}.")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def spectrum(parts: Sequence[Mapping[str, Any]]) -> str:
     """Draw the metric's eigenvalues and its damping, on logarithmic axes.
 
@@ -68,21 +45,21 @@ def spectrum(parts: Sequence[Mapping[str, Any]]) -> str:
     """
     positive = sorted((value for part in parts for value in part["eigvals"] if value > 0), reverse=True)
     dampings = sorted(part["damping"] for part in parts)
-    figure, axes = _start(3.0)
-    axes.loglog(range(1, len(positive) + 1), positive, color=_ACCENT, linewidth=2)
+    figure, axes = start(3.0)
+    axes.loglog(range(1, len(positive) + 1), positive, color=ACCENT, linewidth=2)
     low, high = dampings[0], dampings[-1]
     text = f"damping {low:.2g}" if low == high else f"dampings {low:.2g} to {high:.2g}"
     for value in dict.fromkeys(damping for damping in (low, high) if damping > 0):
-        axes.axhline(value, color=_INK, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.axhline(value, color=INK, linestyle=(0, (4, 3)), linewidth=1.2)
     if high > 0:
         axes.annotate(text, (1, high), (2, 3), textcoords="offset points", va="bottom")
     axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the Fisher metric")
     axes.grid(True, linewidth=0.5)
     described = f"{len(positive)} eigenvalues from {positive[0]:.2g} to {positive[-1]:.2g}, {text}."
-    return _svg(figure, "spectrum", f"Line chart on logarithmic axes: {described}")
+    return svg(figure, "spectrum", f"Line chart on logarithmic axes: {described}")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
     """Draw the eigenvalues of the layers' own blocks of the metric, on logarithmic axes.
 
@@ -93,46 +70,46 @@ def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
     floor = 1e-8 * max(max(layer["eigvals"], default=0.0) for layer in layers)
     whole = [layer for layer in layers if any(value > floor for value in layer["eigvals"])]
     shown = sorted(whole, key=lambda layer: -sum(layer["eigvals"]))[:MOST_LAYERS]
-    figure, axes = _start(3.4)
-    looks = itertools.product(_DASHES, (_ACCENT, _INK, _BAR))
+    figure, axes = start(3.4)
+    looks = itertools.product(DASHES, (ACCENT, INK, BAR))
     for layer, (dashes, color) in zip(shown, looks, strict=False):
         positive = [value for value in layer["eigvals"] if value > floor]
-        name = _plain(layer["name"]).lstrip("_")  # a name that begins so would not be in the legend
+        name = plain(layer["name"]).lstrip("_")  # a name that begins so would not be in the legend
         axes.loglog(range(1, len(positive) + 1), positive, color=color, linestyle=dashes, linewidth=1.6, label=name)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the layer's block")
     axes.grid(True, linewidth=0.5)
     text = "; ".join(f"{layer['name']} from {layer['eigvals'][0]:.2g}" for layer in shown)
-    return _svg(figure, "layers", f"Line chart on logarithmic axes of each layer's eigenvalues: {text}.")
+    return svg(figure, "layers", f"Line chart on logarithmic axes of each layer's eigenvalues: {text}.")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def stage_seconds(stages: Mapping[str, float]) -> str:
     """Draw the wall time of each stage."""
-    figure, axes = _start(0.3 * len(stages) + 0.6)
+    figure, axes = start(0.3 * len(stages) + 0.6)
     names, values = list(stages), list(stages.values())
-    axes.barh(range(len(names)), values, height=0.6, color=_BAR)
+    axes.barh(range(len(names)), values, height=0.6, color=BAR)
     for place, value in enumerate(values):
         axes.annotate(seconds(value), (value, place), (4, 0), textcoords="offset points", va="center")
     axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="seconds", xlim=(0, 1.25 * max(values) or 1))
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [plain(name) for name in names])
     axes.tick_params(axis="y", length=0)
     text = ", ".join(f"{name} {seconds(value)}" for name, value in stages.items())
-    return _svg(figure, "seconds", f"Bar chart of seconds per stage: {text}.")
+    return svg(figure, "seconds", f"Bar chart of seconds per stage: {text}.")
 
 
-@mpl.rc_context(_STYLE)
+@mpl.rc_context(STYLE)
 def penalty_path(path: Sequence[Mapping[str, Any]]) -> str:
     """Draw validation accuracy against the penalty, a line for each rank and damping, the best point marked."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in path:
         lines.setdefault(_variant(point), []).append((float(point["penalty"]), float(point["accuracy"])))
     best = max((point for points in lines.values() for point in points), key=lambda point: point[::-1])
-    figure, axes = _start(3.0)
+    figure, axes = start(3.0)
     for number, points in enumerate(lines.values()):
-        style = _DASHES[number % len(_DASHES)]
-        axes.semilogx(*zip(*sorted(points), strict=True), color=_BAR, marker="o", linewidth=2, linestyle=style)
-    axes.plot(*best, color=_ACCENT, marker="o", markersize=9)
+        style = DASHES[number % len(DASHES)]
+        axes.semilogx(*zip(*sorted(points), strict=True), color=BAR, marker="o", linewidth=2, linestyle=style)
+    axes.plot(*best, color=ACCENT, marker="o", markersize=9)
     axes.annotate(f"{best[0]:g}: {percent(best[1])}", best, (0, 9), textcoords="offset points", ha="center")
     if len(lines) > 1:
         axes.legend([name or "all" for name in lines], frameon=False, fontsize="small")
@@ -149,40 +126,10 @@ def penalty_path(path: Sequence[Mapping[str, Any]]) -> str:
         + ", ".join(f"{percent(accuracy)} at {penalty:g}" for penalty, accuracy in sorted(points))
         for name, points in lines.items()
     )
-    return _svg(figure, "penalty", f"Line chart of validation accuracy against the penalty: {text}.")
+    return svg(figure, "penalty", f"Line chart of validation accuracy against the penalty: {text}.")
 
 
 def _variant(point: Mapping[str, Any]) -> str:
     """Say which rank and damping a point of the path has, where they were chosen among."""
     parts = [f"{name} {point[name]:g}" for name in ("rank", "damping") if point.get(name) is not None]
     return ", ".join(parts)
-
-
-def _start(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_INCHES, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots()
-
-
-def _only_bottom(axes: Axes) -> None:
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # else a formula starts
-
-
-def _svg(figure: Figure, name: str, description: str) -> str:
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style type.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", text)  # one page, several figures: ids stay unique
-    text = re.sub(r"font: ((?:\w+ )?[\d.]+px)[^;\"]*", r"font: \1 var(--font)", text)
-    for colour, variable in _THEME.items():
-        text = text.replace(colour, f"var({variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

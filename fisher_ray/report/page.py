@@ -77,28 +77,43 @@ def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """Return the page; see :func:`write_report`."""
     verdict = f'<p class="verdict">{escape(details["verdict"])}</p>' if details.get("verdict") else ""
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><title>fisher_ray: what the run found</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        f"<style>{_CSS}</style></head><body><main>",
-        f'<header><h1>What the run found</h1><p class="soft">{escape(conditions(results))}.</p>{verdict}</header>',
         _comparison(results, details),
         _figures(results, details),
         _run(results, details),
         _skipped(details.get("skipped") or []),
         _background(details),
+    ]
+    return document("What the run found", f'<p class="soft">{escape(conditions(results))}.</p>{verdict}', parts)
+
+
+def document(title: str, lead: str, parts: Iterable[str]) -> str:
+    """Return a page that needs nothing else.
+
+    Args:
+        title: its heading.
+        lead: markup below it.
+        parts: sections, as markup; empty ones are left out.
+    """
+    name = title[0].lower() + title[1:]
+    whole = [
+        "<!DOCTYPE html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>fisher_ray: {escape(name)}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f"<style>{_CSS}</style></head><body><main>",
+        f"<header><h1>{escape(title)}</h1>{lead}</header>",
+        *parts,
         "</main></body></html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(part for part in whole if part)
 
 
 def _comparison(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     rows = compare(results, details.get("intervals"))
     caption = "Accuracy, difference to the base network in percentage points, and 95 % interval"
     chosen = [position for position, row in enumerate(rows) if row.key == shallow_key(results)]
-    table = _table(COLUMNS, [row.cells() for row in rows], caption, kind="numbers", chosen=chosen)
-    return f"<section><h2>Comparison</h2>{table}</section>"
+    markup = table(COLUMNS, [row.cells() for row in rows], caption, kind="numbers", chosen=chosen)
+    return f"<section><h2>Comparison</h2>{markup}</section>"
 
 
 def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -124,10 +139,13 @@ def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         drawn.append((figures.layer_spectra(metric["layers"]), text))
     if stages := _stages(results, details):
         drawn.append((figures.stage_seconds(stages), "Wall time of each stage."))
-    if not drawn:
-        return ""
+    return figure_section(drawn)
+
+
+def figure_section(drawn: Sequence[tuple[str, str]]) -> str:
+    """Return a section of figures with their captions; nothing if there are none."""
     body = "".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in drawn)
-    return f'<section><h2>Figures</h2><div class="figures">{body}</div></section>'
+    return f'<section><h2>Figures</h2><div class="figures">{body}</div></section>' if drawn else ""
 
 
 def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -141,13 +159,13 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     if details.get("num_halvings"):
         parts.append(f"<p>Micro-batches cut for want of memory: {details['num_halvings']:,}.</p>")
     if rows:
-        parts.append(_table(("stage", "wall time", "samples per second"), rows, "Stages", kind="numbers"))
+        parts.append(table(("stage", "wall time", "samples per second"), rows, "Stages", kind="numbers"))
     metric = details.get("metric") or {}
     if metric:
         told = [(text, f"{metric[key]:{shape}}") for key, (text, shape) in _METRIC.items()]
-        parts.append(_table(("what", "value"), told, "The Fisher metric", kind="numbers"))
+        parts.append(table(("what", "value"), told, "The Fisher metric", kind="numbers"))
     if trained := details.get("gradnet"):
-        parts.append(_table(("what", "value"), _told(trained), "GradNet", kind="numbers"))
+        parts.append(table(("what", "value"), _told(trained), "GradNet", kind="numbers"))
     known = {layer["name"]: layer for layer in metric.get("layers") or []}
     layers = []
     for layer in details.get("layers") or []:
@@ -156,7 +174,7 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         layers.append((layer["name"], _shape(layer["shape"]), f"{layer['coordinates']:,}", *shares))
     if layers:
         columns = ("layer", "shape", "coordinates", *(("share of the trace", "kept of the gradient") if known else ()))
-        parts.append(_table(columns, layers, "Layers whose gradients are used", kind="numbers"))
+        parts.append(table(columns, layers, "Layers whose gradients are used", kind="numbers"))
     return f"<section><h2>The run</h2>{''.join(parts)}</section>"
 
 
@@ -180,7 +198,7 @@ def _skipped(skipped: Sequence[Mapping[str, Any]]) -> str:
     rows = [(item["split"], item["row"], item["reason"]) for item in skipped[:MOST_SKIPPED]]
     more = f"<p>And {len(skipped) - MOST_SKIPPED:,} more.</p>" if len(skipped) > MOST_SKIPPED else ""
     caption = f"{len(skipped):,} {'row' if len(skipped) == 1 else 'rows'} left out, with the reason"
-    return f"<section><h2>Skipped rows</h2>{_table(('split', 'row', 'reason'), rows, caption)}{more}</section>"
+    return f"<section><h2>Skipped rows</h2>{table(('split', 'row', 'reason'), rows, caption)}{more}</section>"
 
 
 def _background(details: Mapping[str, Any]) -> str:
@@ -190,8 +208,8 @@ def _background(details: Mapping[str, Any]) -> str:
             f'<details><summary>Configuration</summary><pre tabindex="0">{escape(details["config"])}</pre></details>'
         )
     if environment := details.get("environment"):
-        table = _table(("what", "value"), environment.items(), "Versions and machines")
-        parts.append(f"<details><summary>Environment</summary>{table}</details>")
+        markup = table(("what", "value"), environment.items(), "Versions and machines")
+        parts.append(f"<details><summary>Environment</summary>{markup}</details>")
     return f"<section><h2>How to repeat it</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -204,7 +222,7 @@ def _shape(shape: Any) -> str:
     return " × ".join(map(str, shape)) if isinstance(shape, list | tuple) else str(shape)
 
 
-def _table(
+def table(
     columns: Sequence[str],
     rows: Iterable[Sequence[Any]],
     caption: str,
