@@ -4,5 +4,6 @@ The only place that configures logging, draws progress and turns errors into exi
 """
 
 from fisher_ray.cli.commands import job, main
+from fisher_ray.cli.compare import compare
 
-__all__ = ["job", "main"]
+__all__ = ["compare", "job", "main"]

@@ -1,7 +1,7 @@
 """The configuration: what a run is asked for, read from YAML."""
 
 from fisher_ray.config.gradnet import TRAINING_KEYS, GradNetConfig
-from fisher_ray.config.run import Config
+from fisher_ray.config.run import Config, read_yaml
 from fisher_ray.config.sections import (
     AbsoluteDamping,
     BaseConfig,
@@ -39,4 +39,5 @@ __all__ = [
     "SourceConfig",
     "StoreConfig",
     "TrainedOnConfig",
+    "read_yaml",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,17 +133,26 @@ class Config(Section):
         Raises:
             ConfigError: if the file is missing, is not a YAML mapping, or breaks a rule.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"configuration {path}: {error.strerror}. Give the path of a YAML file.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration {path} is not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"configuration {path} is not a mapping of keys to values")
-        for override in overrides:
-            _override(values, override)
-        return cls.from_dict(values)
+        return cls.from_dict(read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a mapping from a file of safe YAML, and apply ``overrides`` of the form ``a.b=value``.
+
+    Raises:
+        ConfigError: if the file is missing or is not such a mapping, or an override is not of that form.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration {path}: {error.strerror}. Give the path of a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path} is not a mapping of keys to values")
+    for override in overrides:
+        _override(values, override)
+    return values
 
 
 def _absolute(place: str) -> str:

@@ -1,0 +1,54 @@
+"""What an experiment's runs found, as plain values."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fisher_ray.experiment.settings import Experiment, Planned
+from fisher_ray.journal import read_run
+from fisher_ray.storage import Storage
+
+EVENTS_FILE = "events.jsonl"
+
+
+def collect(experiment: Experiment) -> list[dict[str, Any]]:
+    """Return what there is of each finished run.
+
+    Returns:
+        For each, in the experiment's order, ``steps``, ``seed``, ``views`` and ``workers`` as planned; ``num_workers``
+        that its features were shared out among; ``accuracy``, ``seconds`` and ``num_test`` of its results;
+        ``validation``, the linear model's accuracy on its validation rows; ``converged``, the path of training to
+        convergence; and by stage its ``seconds`` and those of its ``units``.
+    """
+    found = []
+    for planned in experiment.planned():
+        storage = Storage(f"{experiment.output.rstrip('/')}/{planned.folder}")
+        if storage.exists("report/results.json"):
+            found.append(_collected(planned, storage))
+    return found
+
+
+def _collected(planned: Planned, storage: Storage) -> dict[str, Any]:
+    results, run = json.loads(storage.read_bytes("report/results.json")), read_run(storage)
+    stages = {name: {"seconds": record["seconds"], "units": []} for name, record in run["stages"].items()}
+    workers = set[str]()
+    for line in storage.read_bytes(EVENTS_FILE).splitlines():
+        event = json.loads(line)
+        if event["event"] == "unit done" and event["stage"] in stages:
+            stages[event["stage"]]["units"].append(sum(event["seconds"].values()))
+            workers |= {event["worker"]} if event["stage"] == "features/train" else set()
+    path = run["stages"].get("linear", {}).get("result", {}).get("path") or []
+    return {
+        "steps": planned.steps,
+        "seed": planned.seed,
+        "views": planned.views,
+        "workers": planned.workers,
+        "num_workers": max(1, len(workers)),
+        "accuracy": results["accuracy"],
+        "seconds": results["seconds"],
+        "num_test": results["num_test"],
+        "validation": max((point["accuracy"] for point in path), default=None),
+        "converged": run["stages"].get("converged", {}).get("result", {}).get("path"),
+        "stages": stages,
+    }
