@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fisher_ray
-from fisher_ray.errors import ModelError
+from fisher_ray.errors import ModelError, RequestError
 from fisher_ray.linear import LinearWeights
 from tests.gradients.zoo import build
 
@@ -89,6 +89,16 @@ def test_the_classifier_is_as_before_after_an_export():
     classifier.export(inputs)
     assert torch.equal(classifier(inputs), before)
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_no_example_and_vectors_to_be_mirrored_are_refused():
+    inputs = torch.randn(5, 4)
+    model = nn.Sequential(nn.Linear(4, 3))
+    classifier = classifier_of(model, inputs, views=2)
+    with pytest.raises(RequestError, match=r"a sample has shape \(4,\)\. Give views=1"):
+        classifier.export(inputs)
+    with pytest.raises(RequestError, match="without samples"):
+        classifier.export(inputs[:0])
 
 
 class Choosing(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fisher_ray.errors import ModelError
+from fisher_ray.errors import ModelError, RequestError
 
 MIN_TRACED = 4
 """Samples in the batch that is traced, at least; their number becomes a symbol."""
@@ -43,8 +43,11 @@ def export_program(predict: Predict, inputs: Tensor, *, any_batch: bool) -> Expo
         any_batch: whether the program is for batches of any size; else for those of the example's.
 
     Raises:
+        RequestError: if there is no sample.
         ModelError: if the function cannot be traced.
     """
+    if not len(inputs):
+        raise RequestError("an example batch without samples was given. Give one sample at least.")
     shape, size = inputs.shape[1:], len(inputs)
     if any_batch:  # sizes that are equal would become one symbol
         size = next(number for number in itertools.count(MIN_TRACED) if number not in shape)

@@ -69,20 +69,27 @@ class FeatureMap:
             RequestError: if vectors are to be mirrored.
         """
         transform = transform or self._metric.transform
-        if self._views == 2 and inputs.ndim < 3:
-            shape = tuple(inputs.shape[1:])
-            raise RequestError(f"views 2 mirrors pictures, and a sample has shape {shape}. Give views=1.")
+        self._check(inputs)
         if not len(inputs):
             made, logits, hidden = self(inputs.new_zeros(1, *inputs.shape[1:]), transform)
             return made[:0], logits[:0], None if hidden is None else hidden[:0]
         with torch.inference_mode(False):  # scores need the graph that the mode would leave out
             return self._made(inputs.clone() if inputs.is_inference() else inputs, transform)
 
+    def _check(self, inputs: Tensor) -> None:
+        if self._views == 2 and inputs.ndim < 3:
+            shape = tuple(inputs.shape[1:])
+            raise RequestError(f"views 2 mirrors pictures, and a sample has shape {shape}. Give views=1.")
+
     def compressed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return compressed scores ``(B, C, D)`` and the last hidden layer ``(B, H)`` or None, averaged over the views.
 
         Of the whole batch at once, so that it can be traced.
+
+        Raises:
+            RequestError: as :meth:`__call__`.
         """
+        self._check(inputs)
         engine, unused = self._engine, torch.zeros(0, dtype=torch.int64)
         inputs = to_like(inputs, next(engine.model.parameters()))
         batches = [Batch(view, unused, unused) for view in (inputs, inputs.flip(-1))[: self._views]]

@@ -108,6 +108,7 @@ class FisherClassifier(nn.Module):
 
         Raises:
             ModelError: if the network cannot be traced.
+            RequestError: if there is no sample, or vectors are to be mirrored.
             StorageError: if it cannot be written.
         """
 
