@@ -40,8 +40,8 @@ def metric_units(config: Config, facts: Facts) -> list[Unit]:
 def linear_units(config: Config, facts: Facts, num_columns: int, part: str) -> list[Unit]:
     """Return the units of one part's linear pass: with so many of its rows that summing outweighs moving the matrix.
 
-    They are of one size, so that workers end together. Adding up a Gram matrix of ``F`` columns costs what ``F / 2``
-    rows of products cost in memory traffic.
+    They are of one size, and their number is the nearest power of two, so that workers end together. Adding up a Gram
+    matrix of ``F`` columns costs what ``F / 2`` rows of products cost in memory traffic.
 
     Args:
         config: the run's.
@@ -51,8 +51,8 @@ def linear_units(config: Config, facts: Facts, num_columns: int, part: str) -> l
     """
     held, num_rows = config.linear.validation, facts.num_rows["shallow"]
     share = {"fit": 1 - held, "validation": held}[part]
-    fewest = math.ceil(max(MIN_LEAF_ROWS, num_columns // 2) / share)
-    return plan_units(num_rows, math.ceil(num_rows / max(1, num_rows // fewest)))
+    enough = max(MIN_LEAF_ROWS, num_columns // 2) / share
+    return plan_units(num_rows, math.ceil(num_rows / 2 ** max(0, round(math.log2(num_rows / enough)))))
 
 
 def num_features(config: Config, facts: Facts, rank: int) -> int:

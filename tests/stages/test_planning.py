@@ -47,8 +47,11 @@ def test_units_tile_the_rows(num_rows, chunk_rows, chunks, columns, fraction, da
     assert all(unit.start % (64 * chunk_rows) == 0 for unit in units)  # whole chunks, which have one writer
     for part, share in parts.items():
         least = max(planning.MIN_LEAF_ROWS, columns // 2)
-        assert all(share * len(unit) >= least for unit in linear[part][:-1])
-        assert len(linear[part][0]) - len(linear[part][-1]) <= len(linear[part])  # workers end together
+        number = len(linear[part])
+        assert number & (number - 1) == 0  # workers end together, and so do merges
+        assert len(linear[part][0]) - len(linear[part][-1]) <= number
+        assert number == 1 or share * num_rows / number >= least / 2**0.5
+        assert share * num_rows / number <= least * 2**0.5 + 1
     metric = planning.metric_units(given_config, found)
     assert set(metric) <= set(units)
     assert len(units) * fraction - 1e-6 <= len(metric) <= len(units) * fraction + 1
