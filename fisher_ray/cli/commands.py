@@ -17,6 +17,8 @@ from fisher_ray.cli.exits import error_exits
 from fisher_ray.errors import StoreError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fisher_ray import store
     from fisher_ray.config import Config
 
@@ -227,12 +229,7 @@ def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: 
 
     console = new_console()
     configure_logging(console, debug)
-    if _JOB_FOLDER in os.getcwd() and not config.output.startswith("/") and "://" not in config.output:
-        console.print(
-            f"note: output {config.output!r} is relative, and a job's working directory is a copy that Ray removes "
-            "some time after the job. To keep the run folder, give --output an absolute path or an s3:// URL.",
-            soft_wrap=True,
-        )
+    warn_of_copy(console, config.output)
     with nullcontext(SilentProgress()) if quiet else show_progress(console) as progress:
         results = pipeline.run(config, address=address, fresh=fresh, until=until, progress=progress)
     if until in (None, "report"):
@@ -240,6 +237,16 @@ def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: 
         typer.echo(f"report: {config.output.rstrip('/')}/report/report.html")
     else:
         typer.echo(f"{until}: {config.output}")
+
+
+def warn_of_copy(console: Console, output: str) -> None:
+    """Say so if what is written to ``output`` would go with the job."""
+    if _JOB_FOLDER in os.getcwd() and not output.startswith("/") and "://" not in output:
+        console.print(
+            f"note: output {output!r} is relative, and a job's working directory is a copy that Ray removes some time "
+            "after the job. To keep the run folder, give --output an absolute path or an s3:// URL.",
+            soft_wrap=True,
+        )
 
 
 def _print_mapping(values: dict[str, Any]) -> None:

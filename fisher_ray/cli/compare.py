@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fisher_ray.cli.commands import Address, Debug, Overrides, Quiet
+from fisher_ray.cli.commands import Address, Debug, Overrides, Quiet, warn_of_copy
 from fisher_ray.cli.exits import error_exits
 from fisher_ray.errors import FisherRayError
 
@@ -50,8 +50,10 @@ def _compare(
         from fisher_ray.storage import Storage
 
         experiment = Experiment.from_yaml(config)
-        experiment = experiment.model_copy(update={"output": output or experiment.output}).located()
-        configure_logging(new_console(), debug)
+        experiment, console = experiment.model_copy(update={"output": output or experiment.output}), new_console()
+        configure_logging(console, debug)
+        warn_of_copy(console, experiment.output)
+        experiment = experiment.located()
         progress = SilentProgress() if quiet else None
         planned, told = experiment.chosen(only or []), partial(typer.echo, err=True)
         failed = run_experiment(experiment, planned, overrides or [], address, progress=progress, told=told)
