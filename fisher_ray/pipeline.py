@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,7 @@ from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress, Unit
 from fisher_ray.runtime import Claim, Crew, Session, num_slices
-from fisher_ray.stages import Facts, compression, inspect_request, planning, shallow, tasks, training
+from fisher_ray.stages import Facts, compression, inspect_request, minibatch, planning, shallow, tasks, training
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
@@ -204,6 +205,7 @@ class _Run(GradNetStages):
         units = {part: planning.linear_units(self._config, self._facts, columns, part) for part in PARTS}
         fit = self._fit_logistic if self._config.linear.model == "logistic" else self._fit_ridge
         self._stage("linear", sum(map(len, units.values())), partial(fit, units))
+        minibatch.remove_checkpoint(self._storage)
         if self._facts.hidden is not None:
             self._stage("linear_probe", None, lambda: self._solo("linear_probe", shallow.fit_probe))
 
@@ -217,25 +219,35 @@ class _Run(GradNetStages):
         return {**chosen, **fitted}
 
     def _fit_logistic(self, units: dict[str, list[Unit]]) -> dict[str, Any]:
-        from fisher_ray.runtime.train import fit_logistic  # Ray Train takes seconds to import
+        from fisher_ray.runtime import train  # Ray Train takes seconds to import
 
-        fit = self._sum_gram(units["fit"], "fit")
-        validation = self._sum_gram(units["validation"], "validation")
-        self._solo("linear", shallow.save_sums, fit, validation)
+        streamed = self._config.linear.solver == "minibatch"
+        sum_part = self._sum_columns if streamed else self._sum_gram
+        sums = [sum_part(units[part], part) for part in PARTS]
+        self._solo("linear", shallow.save_column_sums if streamed else shallow.save_sums, *sums)
         workers, gpus = self._crew.target, self._crew.gpus
         self._crew.close()  # their places are Ray Train's meanwhile
-        fitted = fit_logistic(self._session, self._config, self._facts, workers, gpus, self._note)
+        given = (self._session, self._config, self._facts, workers, gpus, self._note)
+        advanced: Callable[[int, int, str], None] = partial(self._progress.advanced, "linear")
+        fitted = train.fit_minibatch(*given, advanced) if streamed else train.fit_logistic(*given)
         self._check()
         shallow.remove_sums(self._storage)
         self._export_classifier()
         return fitted
 
+    def _sum_columns(self, units: list[Unit], part: str) -> Any:
+        return self._reduce("linear", partial(tasks.sum_columns, part=part), units, self._kept_part("columns", part))
+
     def _sum_gram(self, units: list[Unit], part: str) -> Any:
-        settings = json.dumps(self._config.linear.model_dump(mode="json"), sort_keys=True)
-        kept = f"{part}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"  # these may change before a resume
         columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
         slices = num_slices(planning.gram_bytes(columns))
+        kept = self._kept_part("gram", part)
         return self._reduce("linear", partial(tasks.sum_gram, part=part), units, kept, num_slices=slices)
+
+    def _kept_part(self, sums: str, part: str) -> str:
+        """Name a part's sums by the settings, which may change before a resume."""
+        settings = json.dumps(self._config.linear.model_dump(mode="json"), sort_keys=True)
+        return f"{part}-{hashlib.sha256(f'{sums} {settings}'.encode()).hexdigest()[:16]}"
 
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":

@@ -94,6 +94,7 @@ def test_keys_left_out_take_the_documented_defaults():
         ("linear.ranks=[4096]", ["linear.ranks", "4096", "metric.rank 512"]),
         ("linear.ranks=[]", ["linear.ranks"]),
         ("linear={model: logistic, ranks: [4]}", ["ranks", "'ridge'", "'logistic'"]),
+        ("linear={solver: minibatch}", ["minibatch", "'logistic'", "'ridge'"]),
         ("linear.dampings=[-1]", ["linear.dampings", "-1"]),
         ("linear.class_weights={-1: 2}", ["linear.class_weights", "-1"]),
         ("linear.class_weights=equal", ["linear.class_weights", "'balanced'", "'equal'"]),

@@ -251,13 +251,27 @@ class LinearConfig(Section):
     standardised, which takes any damping out."""
     class_weights: Literal["none", "balanced"] | dict[Annotated[int, Field(ge=0)], PositiveFloat] = "none"
     """``balanced``: every class counts the same; or by class, as how many rows its rows count (1 if not named)."""
+    solver: Literal["full_batch", "minibatch"] = "full_batch"
+    """Of ``logistic``. ``full_batch``: L-BFGS preconditioned by the columns' Gram matrix, the same bits for any number
+    of workers. ``minibatch``: Adam on batches that stream from the feature store, the same bits for the same number of
+    workers; its memory grows with the columns, not with their square."""
     max_steps: PositiveInt = 40
-    """L-BFGS steps of ``logistic``."""
+    """L-BFGS steps of solver ``full_batch``."""
+    epochs: PositiveInt = 20
+    """Of solver ``minibatch``, like those that follow: passes over the rows for each penalty, and for the last fit."""
+    batch_size: PositiveInt = 256
+    """Rows of all workers together between two steps."""
+    lr: PositiveFloat = 0.01
+    """Learning rate of Adam on standardised columns; it falls to zero like half a cosine."""
+    checkpoint_steps: PositiveInt = 500
+    """Steps after which the state is kept in the run folder."""
 
     @model_validator(mode="after")
     def _check(self) -> LinearConfig:
         if self.model != "ridge" and (self.ranks is not None or self.dampings != (None,)):
             raise ValueError(f"ranks and dampings are chosen among by model 'ridge' alone, not {self.model!r}")
+        if self.solver == "minibatch" and self.model != "logistic":
+            raise ValueError(f"solver 'minibatch' is of model 'logistic' alone, not {self.model!r}")
         return self
 
 

@@ -4,14 +4,18 @@ from fisher_ray.linear.columns import Columns, feature_columns, grid
 from fisher_ray.linear.gradnet import GradNet, Shape, densify, plan_shape
 from fisher_ray.linear.lbfgs import Minimum, minimise
 from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, preconditioner, sum_gradients
+from fisher_ray.linear.moments import ColumnSums
 from fisher_ray.linear.pieces import Descent, PieceTrainer, cut_pieces, join_state, share_pieces, state_shapes
 from fisher_ray.linear.ridge import LinearWeights, ridge_path
 from fisher_ray.linear.scoring import accuracy, best_penalty, fit_temperature, wilson_interval
+from fisher_ray.linear.stochastic import Adam, StandardColumns
 from fisher_ray.linear.sums import GramSum, standardise
 from fisher_ray.linear.weighting import ClassWeights, weigh_classes
 
 __all__ = [
+    "Adam",
     "ClassWeights",
+    "ColumnSums",
     "Columns",
     "Descent",
     "GradNet",
@@ -21,6 +25,7 @@ __all__ = [
     "PieceTrainer",
     "Preconditioner",
     "Shape",
+    "StandardColumns",
     "accuracy",
     "best_penalty",
     "cut_pieces",

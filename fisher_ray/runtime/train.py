@@ -31,7 +31,7 @@ from fisher_ray.runtime.exchange import TorchExchange
 from fisher_ray.runtime.failures import reason
 from fisher_ray.runtime.resources import fitting, free_resources, needs, wanted
 from fisher_ray.runtime.session import Session
-from fisher_ray.stages import Facts, Workbench, logistic
+from fisher_ray.stages import Facts, Workbench, logistic, minibatch
 from fisher_ray.stages.gradnet.checkpoint import PROGRESS_FILE
 from fisher_ray.stages.gradnet.training import fit_gradnet as train_gradnet
 from fisher_ray.storage import Storage
@@ -86,6 +86,25 @@ def fit_logistic(
     return result
 
 
+def fit_minibatch(
+    session: Session,
+    config: Config,
+    facts: Facts,
+    num_workers: int,
+    gpus: float,
+    note: Callable[[str], None],
+    advanced: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Run :func:`fisher_ray.stages.minibatch.fit_minibatch`, see :func:`fit_gradnet`, whose arguments are these.
+
+    After a lost worker it goes on from its last checkpoint; with fewer workers than before it starts anew, and fits
+    other bits.
+    """
+    with _told(Storage(config.output), minibatch.PROGRESS_FILE, "epochs", advanced):
+        asked = Fit("logistic fit", minibatch.fit_minibatch)
+        return fit(session, config, facts, num_workers, gpus, note, asked)
+
+
 def fit_gradnet(
     session: Session,
     config: Config,
@@ -108,7 +127,7 @@ def fit_gradnet(
         note: told what a user may want to know.
         advanced: told of steps done, all steps, and the loss, now and then.
     """
-    with _told(Storage(config.output), advanced):
+    with _told(Storage(config.output), PROGRESS_FILE, "steps", advanced):
         return fit(session, config, facts, num_workers, gpus, note, Fit("training of GradNet", train_gradnet))
 
 
@@ -124,7 +143,7 @@ def fit(
     """Run a fit on the workers of a Ray cluster.
 
     The workers' places have to be free. If they cannot be had, the fit goes on with fewer workers; if one is lost, the
-    task is started again. Neither changes a bit of the result.
+    task is started again. Neither changes a bit of the result, unless the task says so.
 
     Args:
         session: the connection.
@@ -320,13 +339,13 @@ def _hushed() -> Iterator[None]:
 
 
 @contextmanager
-def _told(storage: Storage, advanced: Callable[[int, int, str], None]) -> Iterator[None]:
-    """Pass on what rank 0 writes of its progress: Ray Train's workers cannot call the driver."""
+def _told(storage: Storage, name: str, unit: str, advanced: Callable[[int, int, str], None]) -> Iterator[None]:
+    """Pass on what rank 0 writes of its progress into the file ``name``: Ray Train's workers cannot call the driver."""
     over = threading.Event()
 
     def read() -> bytes | None:
         try:
-            return storage.read_bytes(PROGRESS_FILE)
+            return storage.read_bytes(name)
         except (FileNotFoundError, StoppedError):  # not yet; or storage does not answer, which the workers tell
             return None
 
@@ -339,7 +358,7 @@ def _told(storage: Storage, advanced: Callable[[int, int, str], None]) -> Iterat
                 before, told = raw, json.loads(raw)
                 seen = told["validation"]
                 shown = "" if seen is None else f", {100 * seen:.1f} % of the validation rows"
-                advanced(told["done"], told["total"], f"steps, loss {told['loss']:.3f}{shown}")
+                advanced(told["done"], told["total"], f"{unit}, loss {told['loss']:.3f}{shown}")
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

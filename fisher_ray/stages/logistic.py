@@ -125,42 +125,27 @@ def fit_logistic(bench: Workbench, ranks: Exchange, *, tolerance: float = TOLERA
     return result
 
 
-class _Share:
-    """One rank's part of the work: every ``size``-th leaf."""
+class Leaves:
+    """One rank's part of a pass over the rows: every ``size``-th leaf."""
 
-    def __init__(self, bench: Workbench, exchange: Exchange) -> None:
-        self.bench, self._exchange = bench, exchange
+    def __init__(self, bench: Workbench, ranks: exchange.Ranks) -> None:
+        """Touch nothing yet."""
+        self.bench, self._ranks = bench, ranks
         self._units = leaf_units(bench.config, bench.facts)
 
     @cached_property
     def _store(self) -> FeatureStore:
         return shallow.train_store(self.bench)
 
-    def serve(self) -> None:
-        """Answer rank 0's orders until it says stop."""
-        while (order := self._exchange.share(None)).task != "stop":
-            self._go_through(order, lambda _: None)
+    def go_through(self, order: Order, take: Callable[[Tensor], object]) -> Exception | None:
+        """Do ``order`` together with the other ranks, which call this too; rank 0 takes the leaves' results, in order.
 
-    def stop(self) -> None:
-        """Let the other ranks go."""
-        nothing = torch.zeros(0, dtype=torch.float64)
-        self._exchange.share(Order("stop", "all", nothing[:, None], nothing))
-
-    def order(self, order: Order, take: Callable[[Tensor], object]) -> None:
-        """Have every rank do ``order``, and take the leaves' results in their order; rank 0 alone.
-
-        Raises:
-            FisherRayError: a rank's own.
-            RuntimeError: naming the rows on which anything else happened.
+        Returns:
+            What the first rank that failed met, on all ranks alike.
         """
-        failure = self._go_through(self._exchange.share(order), take)
-        if failure is not None:
-            raise failure
-
-    def _go_through(self, order: Order, take: Callable[[Tensor], object]) -> Exception | None:
-        size = self._exchange.size
+        size = self._ranks.size
         for first in range(0, len(self._units), size):
-            replies = self._exchange.collect(self._leaf(order, first + self._exchange.rank))
+            replies = self._ranks.collect(self._leaf(order, first + self._ranks.rank))
             if isinstance(replies, Exception):
                 return replies
             for reply in replies[: len(self._units) - first]:
@@ -177,6 +162,35 @@ class _Share:
             return error
         except Exception as error:  # noqa: BLE001 - rank 0 raises it; here it would leave the others waiting
             return RuntimeError(f"rows [{unit.start}, {unit.stop}): {type(error).__name__}: {error}")
+
+
+class _Share(Leaves):
+    """One rank's part of a fit that rank 0 leads."""
+
+    def __init__(self, bench: Workbench, ranks: Exchange) -> None:
+        super().__init__(bench, ranks)
+        self._exchange = ranks
+
+    def serve(self) -> None:
+        """Answer rank 0's orders until it says stop."""
+        while (order := self._exchange.share(None)).task != "stop":
+            self.go_through(order, lambda _: None)
+
+    def stop(self) -> None:
+        """Let the other ranks go."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        self._exchange.share(Order("stop", "all", nothing[:, None], nothing))
+
+    def order(self, order: Order, take: Callable[[Tensor], object]) -> None:
+        """Have every rank do ``order``, and take the leaves' results in their order; rank 0 alone.
+
+        Raises:
+            FisherRayError: a rank's own.
+            RuntimeError: naming the rows on which anything else happened.
+        """
+        failure = self.go_through(self._exchange.share(order), take)
+        if failure is not None:
+            raise failure
 
 
 def _sum_gradient(bench: Workbench, store: FeatureStore, unit: Unit, order: Order) -> Tensor:
@@ -256,11 +270,7 @@ class _Leader:
 
         def evaluate(params: Tensor) -> tuple[float, Tensor]:
             rows, loss, by_weight, by_bias = self._gradient(part, *coordinates.raw(params))
-            if not math.isclose(rows, coordinates.num_rows, rel_tol=1e-9):
-                raise DataError(
-                    f"the features' part {part!r} has {rows:g} rows, its sums have {coordinates.num_rows:g}: they are "
-                    "not of one run. Run the stage 'linear' again."
-                )
+            check_num_rows(part, rows, coordinates.num_rows)
             return coordinates.objective(params, loss, by_weight, by_bias)
 
         start = coordinates.start() if near is None else _params(coordinates, near)
@@ -275,15 +285,40 @@ class _Leader:
         return rows, loss, total[2 : 2 + weight.numel()].view_as(weight), total[2 + weight.numel() :]
 
     def _validate(self, models: list[LinearWeights]) -> tuple[list[Tensor], Tensor]:
-        """Score the validation rows once, with all models' weights as those of one: ``(N, C)`` each, and labels."""
-        weight = torch.cat([model.weight for model in models]).double()
-        bias = torch.cat([model.bias for model in models]).double()
         parts: list[Tensor] = []
-        self._share.order(Order("score", "validation", weight, bias), parts.append)
-        rows = torch.cat(parts)
-        if not len(rows):
-            raise DataError("no rows were left to score a model on: give more rows, or raise linear.validation")
-        return list(rows[:, 1:].chunk(len(models), 1)), rows[:, 0].long()
+        self._share.order(score_order(models), parts.append)
+        return split_scores(parts, len(models))
+
+
+def check_num_rows(part: Part, found: float, summed: float) -> None:
+    """Refuse sums of other rows than those found.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    if not math.isclose(found, summed, rel_tol=1e-9):
+        raise DataError(
+            f"the features' part {part!r} has {found:g} rows, its sums have {summed:g}: they are not of one run. Run "
+            "the stage 'linear' again."
+        )
+
+
+def score_order(models: list[LinearWeights]) -> Order:
+    """Have the validation rows scored once, with all models' weights as those of one."""
+    weight = torch.cat([model.weight for model in models]).double()
+    return Order("score", "validation", weight, torch.cat([model.bias for model in models]).double())
+
+
+def split_scores(parts: list[Tensor], num_models: int) -> tuple[list[Tensor], Tensor]:
+    """Return each model's scores ``(N, C)`` and the labels ``(N,)`` of what leaves reply to :func:`score_order`.
+
+    Raises:
+        DataError: if there are no rows.
+    """
+    rows = torch.cat(parts)
+    if not len(rows):
+        raise DataError("no rows were left to score a model on: give more rows, or raise linear.validation")
+    return list(rows[:, 1:].chunk(num_models, 1)), rows[:, 0].long()
 
 
 def _load_sums(bench: Workbench, part: Part) -> GramSum:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from fisher_ray.errors import DataError
 from fisher_ray.gradients import keyed_uniform
 from fisher_ray.linear import (
     Columns,
+    ColumnSums,
     GramSum,
     LinearWeights,
     best_penalty,
@@ -114,9 +115,8 @@ def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
 
 def _joined(parts: list[dict[str, np.ndarray]], columns: list[str]) -> dict[str, Tensor]:
     block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    chosen = [block[name].reshape(len(block[name]), -1) for name in columns if name in block]
-    x = np.concatenate(chosen, axis=1) if len(chosen) > 1 else chosen[0]
-    return {"x": torch.from_numpy(x), **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
+    x = columns_of(block, [name for name in columns if name in block])
+    return {"x": x, **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
 
 
 def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
@@ -125,6 +125,20 @@ def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
     sums = GramSum.zeros(columns, bench.facts.num_classes)
     for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
         sums.add(block["x"], block["labels"], bench.class_weights)
+    return sums.to_arrays()
+
+
+def columns_of(block: Mapping[str, np.ndarray], names: Sequence[str]) -> Tensor:
+    """Return the arrays ``names`` of some rows side by side, as a linear model has them: ``(B, F)``."""
+    chosen = [block[name].reshape(len(block[name]), -1) for name in names]
+    return torch.from_numpy(np.concatenate(chosen, axis=1) if len(chosen) > 1 else chosen[0])
+
+
+def column_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
+    """Sum one leaf's columns and their squares, as :meth:`ColumnSums.to_arrays` has them."""
+    sums, weights = ColumnSums.zeros(num_columns(bench.config, bench.facts, bench.metric.rank)), bench.class_weights
+    for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
+        sums.add(block["x"], None if weights is None else weights[block["labels"].long()])
     return sums.to_arrays()
 
 
@@ -189,8 +203,15 @@ def save_sums(bench: Workbench, fit: dict[str, np.ndarray], validation: dict[str
     save_arrays(bench.url("linear/sums-all.zarr"), merge_sums(fit, validation).to_arrays(), {"kind": "sums"})
 
 
+def save_column_sums(bench: Workbench, fit: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> None:
+    """Write the sums of :func:`column_sums` as :func:`save_sums` does those of :func:`gram_sums`."""
+    everything = {name: fit[name] + validation[name] for name in fit}
+    save_arrays(bench.url("linear/sums-fit.zarr"), fit, {"kind": "sums"})
+    save_arrays(bench.url("linear/sums-all.zarr"), everything, {"kind": "sums"})
+
+
 def remove_sums(storage: Storage) -> None:
-    """Remove what :func:`save_sums` wrote."""
+    """Remove what :func:`save_sums` or :func:`save_column_sums` wrote."""
     for part in ("fit", "all"):
         storage.remove(f"linear/sums-{part}.zarr")
 

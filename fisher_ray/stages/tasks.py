@@ -142,6 +142,16 @@ def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[
     return log.receipt(unit, attempt), sums
 
 
+def sum_columns(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
+    """Sum the linear model's columns and their squares over some rows of the feature store."""
+    log = UnitLog()
+    with bench.turn:
+        start = time.monotonic()
+        sums = shallow.column_sums(bench, unit, part)
+        log.seconds["compute"] = time.monotonic() - start
+    return log.receipt(unit, attempt), sums
+
+
 def choose_basis(bench: Workbench, *sums: Arrays) -> dict[str, Any]:
     """Choose the compression, from merged Kronecker sums where a layer's is by them, and write ``basis.zarr``.
 

@@ -1,25 +1,16 @@
-"""The state of a GradNet in training, kept in the run folder: one safetensors file, replaced as a whole."""
+"""The state of a GradNet in training, kept in the run folder."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor
-
-from fisher_ray.errors import StoreError
+from fisher_ray.stages.checkpoint import Tensors, load_state, save_state
 from fisher_ray.storage import Storage
 
 FILE = "gradnet/checkpoint.safetensors"
 PROGRESS_FILE = "gradnet/progress.json"
 """How far the training is, for whoever shows it."""
-_KEY = "gradnet"
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,9 +64,7 @@ class Checkpoint:
 def save_checkpoint(storage: Storage, checkpoint: Checkpoint, fingerprint: str) -> None:
     """Write a checkpoint; ``fingerprint`` is of all that it depends on."""
     parts = {"state": checkpoint.state, "momentum": checkpoint.momentum, "best": checkpoint.best}
-    tensors = {f"{part}.{name}": value.contiguous() for part, values in parts.items() for name, value in values.items()}
-    metadata = {_KEY: json.dumps({"fingerprint": fingerprint, "course": asdict(checkpoint.course)})}
-    storage.write_bytes(FILE, safetensors.torch.save(tensors, metadata))
+    save_state(storage, FILE, parts, asdict(checkpoint.course), fingerprint)
 
 
 def load_checkpoint(storage: Storage, fingerprint: str) -> Checkpoint | None:
@@ -84,29 +73,14 @@ def load_checkpoint(storage: Storage, fingerprint: str) -> Checkpoint | None:
     Raises:
         StoreError: if it is damaged.
     """
-    try:
-        raw = storage.read_bytes(FILE)
-    except FileNotFoundError:
+    found = load_state(storage, FILE, fingerprint, lambda kept: Course(**{**kept, "path": tuple(kept["path"])}))
+    if found is None:
         return None
-    try:
-        found = json.loads(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"][_KEY])
-        if found["fingerprint"] != fingerprint:
-            return None
-        tensors = safetensors.torch.load(raw)
-        course = Course(**{**found["course"], "path": tuple(found["course"]["path"])})
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise StoreError(
-            f"{storage.url}/{FILE} is damaged: {error}. Remove it to train from the beginning, then run again."
-        ) from error
-    return Checkpoint(course, *(_part(tensors, part) for part in ("state", "momentum", "best")))
+    course, parts = found
+    return Checkpoint(course, *(parts.get(part, {}) for part in ("state", "momentum", "best")))
 
 
 def remove_checkpoint(storage: Storage) -> None:
     """Remove what :func:`save_checkpoint` wrote, and what told of the progress."""
     for name in (FILE, PROGRESS_FILE):
         storage.remove(name)
-
-
-def _part(tensors: Mapping[str, Tensor], part: str) -> Tensors:
-    names: Iterable[str] = (name for name in tensors if name.startswith(f"{part}."))
-    return {name.removeprefix(f"{part}."): tensors[name] for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -26,25 +25,24 @@ from fisher_ray.linear import (
     share_pieces,
     state_shapes,
 )
+from fisher_ray.stages.checkpoint import Tensors
 from fisher_ray.stages.exchange import Ranks
 from fisher_ray.stages.gradnet.checkpoint import (
     PROGRESS_FILE,
     Checkpoint,
     Course,
-    Tensors,
     load_checkpoint,
     save_checkpoint,
 )
 from fisher_ray.stages.gradnet.network import network_shape, save_network
 from fisher_ray.stages.gradnet.units import ENTRIES
+from fisher_ray.stages.lockstep import Lockstep, Teller
 from fisher_ray.stages.shallow import held_out
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import Batches, FeatureStore, open_features
 
 LOOK_ROWS = 256
 """Gradients of validation rows that are made dense at a time."""
-PROGRESS_S = 1.0
-"""Least time between two words on the progress."""
 _NAMES = ("values", "coordinates", "labels", "index")
 _UNRELATED = ("steps", "checkpoint_steps")
 """Keys that a training's state does not depend on."""
@@ -94,8 +92,8 @@ class _Training:
         descent = Descent(self._section.lr, self._section.momentum, self._section.weight_decay)
         self._part = PieceTrainer(self._shape, self._shares[ranks.rank], descent, bench.device)
         self._course, self._best = Course(), Tensors()
-        self._failure: Exception | None = None
-        self._told_s = -math.inf
+        self._lockstep = Lockstep(ranks, bench.device)
+        self._teller = Teller(bench.storage, PROGRESS_FILE)
 
     def run(self) -> dict[str, Any] | None:
         self._together(self._begin, 1)
@@ -215,33 +213,15 @@ class _Training:
         return self._part.join([part[:, :width] for part, width in zip(parts, widths, strict=True)], self._shares)
 
     def _together(self, make: Callable[[], Tensor | None], width: int, num_rows: int = 0) -> list[Tensor]:
-        """Return what every rank makes, filled up to ``(num_rows, width)``; or raise, on all ranks, what one met."""
-        sent = torch.zeros(1 + num_rows, max(1, width), device=self._bench.device)
-        try:
-            if self._failure is None and (made := make()) is not None:
-                sent[1 : 1 + len(made), : made.shape[1]] = made
-        except FisherRayError as error:
-            self._failure = error
-        except Exception as error:  # noqa: BLE001 - raised below, by all ranks; here it would leave the others waiting
-            self._failure = RuntimeError(f"step {self._course.step}: {type(error).__name__}: {error}")
-        sent[0, 0] = float(self._failure is not None)
-        received = self._ranks.gather(sent)
-        if any(float(part[0, 0]) for part in received):
-            self._collect(torch.zeros(0, dtype=torch.float64))
-        return [part[1:] for part in received]
-
-    def _collect(self, reply: Tensor) -> list[Tensor]:
-        """Bring a tensor of each rank to rank 0, or raise what one of them met."""
-        found = self._ranks.collect(reply if self._failure is None else self._failure)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        return self._lockstep.gather(make, width, num_rows, place=f"step {self._course.step}")
 
     def _gathered(self, *parts: Tensors) -> list[Tensors]:
         """Return on rank 0 the pieces of all ranks, and its own of what is small; elsewhere nothing."""
         pieces = {name: value for name, value in self._part.state.items() if name.startswith("piece.")}
         held = [[part[name].reshape(-1).double().cpu() for name in pieces if name in part] for part in parts]
-        replies = self._collect(torch.cat([torch.zeros(0, dtype=torch.float64), *(v for row in held for v in row)]))
+        replies = self._lockstep.collect(
+            torch.cat([torch.zeros(0, dtype=torch.float64), *(v for row in held for v in row)])
+        )
         return [] if self._ranks.rank else self._unpacked(replies, parts)
 
     def _unpacked(self, replies: list[Tensor], parts: tuple[Tensors, ...]) -> list[Tensors]:
@@ -262,7 +242,7 @@ class _Training:
         """Write a checkpoint; if that fails, the ranks learn of it when they next exchange something."""
         if gathered := self._gathered(self._part.state, self._part.momentum, self._best):
             checkpoint = Checkpoint(self._course, *gathered)
-            self._try(lambda: save_checkpoint(self._bench.storage, checkpoint, self._fingerprint))
+            self._lockstep.attempt(lambda: save_checkpoint(self._bench.storage, checkpoint, self._fingerprint))
 
     def _finish(self) -> dict[str, Any] | None:
         gathered = self._gathered(self._best)
@@ -279,15 +259,7 @@ class _Training:
         }
 
     def _tell(self, loss: float) -> None:
-        if self._ranks.rank or time.monotonic() - self._told_s < PROGRESS_S:
-            return
-        self._told_s = time.monotonic()
         accuracy = self._course.path[-1]["accuracy"] if self._course.path else None
         told = {"done": self._course.step, "total": self._section.steps, "loss": loss, "validation": accuracy}
-        self._try(lambda: self._bench.storage.write_bytes(PROGRESS_FILE, json.dumps(told).encode()))
-
-    def _try(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except FisherRayError as error:
-            self._failure = error
+        if self._ranks.rank == 0:
+            self._lockstep.attempt(lambda: self._teller.tell(**told))
