@@ -34,10 +34,10 @@ Until = Literal["base", "metric", "features", "linear", "report"]
 PARTS = ("fit", "validation")
 """Of the shallow split: the linear model is fitted to the one while the other chooses."""
 FISHER_STORES = {split: f"features/{name}.zarr" for name, split in FEATURE_STORES.items()}
-VIEW_KEYS = {"views", "view_mode"}
+VIEW_KEYS = ("views", "view_mode")
 """Keys of the linear model that the features depend on."""
 LATE = {
-    **{f"linear.{key}": ("linear", "report") for key in set(LinearConfig.model_fields) - VIEW_KEYS},
+    **{f"linear.{key}": ("linear", "report") for key in LinearConfig.model_fields if key not in VIEW_KEYS},
     "gradnet": ("gradnet/ranges", "report"),
     **{f"gradnet.{key}": ("gradnet", "report") for key in TRAINING_KEYS},
     "trained_on": ("trained_on", "report"),

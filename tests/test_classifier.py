@@ -480,6 +480,19 @@ def test_stacked_views_are_rows_of_their_own_and_the_classifier_averages_their_s
         fisher_ray.write_features(model, metric, inputs, str(tmp_path / "i.zarr"), view_mode="both")
 
 
+@pytest.mark.parametrize("view_mode", ["average", "stack"])
+def test_classes_are_balanced_without_the_hidden_layer_too(trained, tmp_path, view_mode):
+    model, metric, _, _, inputs, labels = trained
+    given = {"labels": labels, "views": 2, "view_mode": view_mode}
+    store = fisher_ray.write_features(model, metric, inputs, str(tmp_path / "h.zarr"), **given)
+    weights = fisher_ray.train_linear(store, penalties=(0.3,), hidden=False, class_weights="balanced")
+    counts = torch.bincount(labels, minlength=NUM_CLASSES)
+    by_hand = {number: 300 / (NUM_CLASSES * int(count)) for number, count in enumerate(counts)}
+    same = fisher_ray.train_linear(store, penalties=(0.3,), hidden=False, class_weights=by_hand)
+    torch.testing.assert_close(weights.weight, same.weight)
+    assert weights.weight.shape == (NUM_CLASSES, NUM_CLASSES * metric.rank)
+
+
 def test_half_precision_keeps_the_features_to_their_ten_bits(trained, tmp_path):
     model, metric, store, _, inputs, _ = trained
     half = fisher_ray.write_features(model, metric, inputs, str(tmp_path / "h.zarr"), codec="zstd")

@@ -73,7 +73,7 @@ def store_rows(
     """Yield blocks of rows: ``x`` ``(B, F)``, ``hidden`` (where stored), ``logits``, ``labels``, ``index``.
 
     Of a store of stacked views, ``x`` is ``(B, V, F)``, and ``hidden`` ``(B, V, H)``: :func:`fit_rows` and
-    :func:`mean_scores` take either.
+    :func:`mean_scores` take either. Where neither features nor hidden layer are asked for, there is no ``x``.
 
     Args:
         store: to read from.
@@ -142,8 +142,9 @@ def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
 
 def _joined(parts: list[dict[str, np.ndarray]], columns: list[str], stacked: bool) -> dict[str, Tensor]:
     block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    x = columns_of(block, [name for name in columns if name in block], stacked)
-    return {"x": x, **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
+    names = [name for name in columns if name in block]
+    x = {"x": columns_of(block, names, stacked)} if names else {}
+    return {**x, **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
 
 
 def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:

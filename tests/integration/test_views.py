@@ -36,5 +36,5 @@ def test_stacked_views_are_the_same_bytes_with_one_worker_and_two(ray_session, t
     test = open_features(str(tmp_path / "1/features/test.zarr"))
     assert test.layout("hidden").dims == ("sample", "view", "hidden")
     averaged = digits(tmp_path / "1", "trained_on=null", "linear={views: 2}")
-    with pytest.raises(ResumeMismatchError, match=r"linear\.view_mode was 'stack', now 'average'"):
+    with pytest.raises(ResumeMismatchError, match=r'linear\.view_mode was "stack", now "average"'):
         fisher_ray.run(averaged)
