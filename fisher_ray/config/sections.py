@@ -261,7 +261,8 @@ class LinearConfig(Section):
     max_steps: PositiveInt = 40
     """L-BFGS steps of solver ``full_batch``."""
     epochs: PositiveInt = 20
-    """Of solver ``minibatch``, like those that follow: passes over the rows for each penalty, and for the last fit."""
+    """Of solver ``minibatch``, like those that follow: passes over the rows for each penalty, and for the last fit. The
+    smaller the penalty, and the more columns there are for each row, the more it takes to come near the optimum."""
     batch_size: PositiveInt = 256
     """Rows of all workers together between two steps."""
     lr: PositiveFloat = 0.01
