@@ -34,8 +34,10 @@ Until = Literal["base", "metric", "features", "linear", "report"]
 PARTS = ("fit", "validation")
 """Of the shallow split: the linear model is fitted to the one while the other chooses."""
 FISHER_STORES = {split: f"features/{name}.zarr" for name, split in FEATURE_STORES.items()}
+VIEW_KEYS = ("views", "view_mode")
+"""Keys of the linear model that the features depend on."""
 LATE = {
-    **{f"linear.{key}": ("linear", "report") for key in LinearConfig.model_fields if key != "views"},
+    **{f"linear.{key}": ("linear", "report") for key in LinearConfig.model_fields if key not in VIEW_KEYS},
     "gradnet": ("gradnet/ranges", "report"),
     **{f"gradnet.{key}": ("gradnet", "report") for key in TRAINING_KEYS},
     "trained_on": ("trained_on", "report"),
@@ -176,7 +178,9 @@ class _Run(GradNetStages):
     def _write_features(self, name: str, split: str, units: list[Unit]) -> dict[str, Any]:
         metric = self._journal.result("metric")
         fingerprints = {**self._fingerprints(), "metric": metric["fingerprint"]}
-        attributes = {"split": split, "labels": self._config.scores.labels, "views": self._config.linear.views}
+        linear = self._config.linear
+        views = linear.views if linear.num_stacked is None else "stacked"
+        attributes = {"split": split, "labels": self._config.scores.labels, "views": views}
         spec = feature_spec(
             self._config,
             self._facts,

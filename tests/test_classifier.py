@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -454,6 +455,42 @@ def test_both_views_are_averaged_in_the_store_too(trained, tmp_path):
     logits = (model(inputs) + model(inputs.flip(-1))).detach() / 2
     torch.testing.assert_close(torch.from_numpy(store.read("logits", 0, 300)), logits)
     assert (store.read("labels", 0, 300) == -1).all()
+
+
+def test_stacked_views_are_rows_of_their_own_and_the_classifier_averages_their_scores(trained, tmp_path):
+    model, metric, _, _, inputs, labels = trained
+    options = {"labels": labels, "dtype": "float32", "views": 2}
+    store = fisher_ray.write_features(model, metric, inputs, str(tmp_path / "h.zarr"), **options, view_mode="stack")
+    assert store.attributes["views"] == "stacked"
+    parts = [fisher_ray.features(model, metric, part) for part in (inputs, inputs.flip(-1))]
+    stored = torch.from_numpy(store.read("features", 0, 300))
+    torch.testing.assert_close(stored, torch.stack(parts, 1), rtol=1e-5, atol=1e-5)
+
+    weights = fisher_ray.train_linear(store, penalties=(0.3,))
+    hidden = [model.relu0(model.fc0(part.flatten(1))) for part in (inputs, inputs.flip(-1))]
+    x = torch.stack([torch.cat([p.flatten(1), h], 1) for p, h in zip(parts, hidden, strict=True)], 1).detach()
+    rows = x.flatten(0, 1).double().numpy()
+    columns, mean, scale = standardised(rows)
+    onehot = np.eye(NUM_CLASSES)[labels.numpy().repeat(2)]
+    ridge = Ridge(alpha=0.3 * len(rows), solver="cholesky").fit(columns, onehot)
+    expected = ridge.predict((rows - mean) / scale).reshape(300, 2, NUM_CLASSES).mean(1)
+    scores = fisher_ray.FisherClassifier(model, metric, weights, views=2)(inputs).detach().numpy()
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(RequestError, match="view_mode 'both'"):
+        fisher_ray.write_features(model, metric, inputs, str(tmp_path / "i.zarr"), view_mode="both")
+
+
+@pytest.mark.parametrize("view_mode", ["average", "stack"])
+def test_classes_are_balanced_without_the_hidden_layer_too(trained, tmp_path, view_mode):
+    model, metric, _, _, inputs, labels = trained
+    given = {"labels": labels, "views": 2, "view_mode": view_mode}
+    store = fisher_ray.write_features(model, metric, inputs, str(tmp_path / "h.zarr"), **given)
+    weights = fisher_ray.train_linear(store, penalties=(0.3,), hidden=False, class_weights="balanced")
+    counts = torch.bincount(labels, minlength=NUM_CLASSES)
+    by_hand = {number: 300 / (NUM_CLASSES * int(count)) for number, count in enumerate(counts)}
+    same = fisher_ray.train_linear(store, penalties=(0.3,), hidden=False, class_weights=by_hand)
+    torch.testing.assert_close(weights.weight, same.weight)
+    assert weights.weight.shape == (NUM_CLASSES, NUM_CLASSES * metric.rank)
 
 
 def test_half_precision_keeps_the_features_to_their_ten_bits(trained, tmp_path):

@@ -95,6 +95,7 @@ def test_keys_left_out_take_the_documented_defaults():
         ("linear.ranks=[]", ["linear.ranks"]),
         ("linear={model: logistic, ranks: [4]}", ["ranks", "'ridge'", "'logistic'"]),
         ("linear={solver: minibatch}", ["minibatch", "'logistic'", "'ridge'"]),
+        ("linear={model: gradnet, view_mode: stack}", ["view_mode", "'stack'", "'gradnet'"]),
         ("linear.dampings=[-1]", ["linear.dampings", "-1"]),
         ("linear.class_weights={-1: 2}", ["linear.class_weights", "-1"]),
         ("linear.class_weights=equal", ["linear.class_weights", "'balanced'", "'equal'"]),

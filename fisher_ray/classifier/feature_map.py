@@ -25,17 +25,18 @@ class FeatureMap:
         model: the network that ``metric`` was fitted on.
         metric: what whitens.
         views: 2 averages over each input and its mirror image.
+        stacked: whether features and hidden layers of all views are given side by side, not averaged.
 
     Raises:
         ModelError: if the metric belongs to another network, or the network cannot be used.
         RequestError: if ``views`` is neither 1 nor 2.
     """
 
-    def __init__(self, model: nn.Module, metric: LowRankMetric, views: int) -> None:
+    def __init__(self, model: nn.Module, metric: LowRankMetric, views: int, *, stacked: bool = False) -> None:
         """See the class."""
         if views not in (1, 2):
             raise RequestError(f"views {views} is not 1 or 2")
-        self._metric, self._views = metric, views
+        self._metric, self._views, self._stacked = metric, views, stacked
         likelihood = metric.attributes.get("likelihood", "softmax")
         if likelihood == CUSTOM:
             raise RequestError(
@@ -59,6 +60,8 @@ class FeatureMap:
         self, inputs: Tensor, transform: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.
+
+        Of stacked views, features are ``(B, V, C, R)`` and the last hidden layer ``(B, V, H)``.
 
         Args:
             inputs: ``(B, ...)``.
@@ -109,6 +112,7 @@ class FeatureMap:
                 labels="all",
                 seed=0,
                 views=self._views,
+                stacked=self._stacked,
             )
             for part in torch.split(inputs, MICRO_BATCH)
         ]

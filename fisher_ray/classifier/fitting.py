@@ -31,7 +31,7 @@ from fisher_ray.linear.ridge import check_penalties
 from fisher_ray.metric import FisherSum, LowRankMetric, plan_compression
 from fisher_ray.stages.compression import choose_compression, plan
 from fisher_ray.stages.passes import feature_arrays, fisher_pass, kronecker_pass
-from fisher_ray.stages.shallow import score_rows, store_rows
+from fisher_ray.stages.shallow import fit_rows, num_views, score_rows, store_rows
 from fisher_ray.store import (
     FeatureStore,
     StoreSpec,
@@ -153,6 +153,7 @@ def write_features(
     chunk_rows: int = 1024,
     codec: Literal["none", "zstd", "blosc"] = "none",
     views: Literal[1, 2] = 1,
+    view_mode: Literal["average", "stack"] = "average",
 ) -> FeatureStore:
     """Write the features of all classes to a sealed store, in this process; a store that was begun is finished.
 
@@ -166,11 +167,14 @@ def write_features(
         dtype: stored type.
         chunk_rows: rows of one chunk.
         codec: of the chunks.
-        views: 2 averages each input's features with its mirror image's (its last axis reversed).
+        views: 2 for each input's features and its mirror image's (its last axis reversed).
+        view_mode: ``average`` stores their mean; ``stack`` stores each, ``(N, V, C, R)``, which :func:`train_linear`
+            takes as a row of its own.
 
     Raises:
         ModelError: as :func:`features`.
-        RequestError: if inputs and labels differ in length, or there are none; or vectors are to be mirrored.
+        RequestError: if inputs and labels differ in length, or there are none; vectors are to be mirrored; or
+            ``view_mode`` is another.
         StoreError: if ``url`` holds something else.
         StorageError: if it cannot be written.
     """
@@ -178,11 +182,19 @@ def write_features(
     if not len(inputs) or labels.shape != (len(inputs),):
         raise RequestError(f"inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)} are not (N, …) and (N,)")
     check_integers(labels)
-    mapping = FeatureMap(model, metric, views)
+    if view_mode not in ("average", "stack"):
+        raise RequestError(f"view_mode {view_mode!r} is not one of average, stack")
+    stacked = view_mode == "stack"
+    mapping = FeatureMap(model, metric, views, stacked=stacked)
     sample, logits, hidden = mapping(inputs[:1])
-    num_classes, width = logits.shape[1], None if hidden is None else hidden.shape[1]
-    arrays = feature_arrays(sample.shape[2], num_classes, num_classes, width, dtype, metric.feature_rms)
-    attributes = {"views": views, "labels": "all", "fingerprints": _fingerprints(model, metric, inputs, labels)}
+    num_classes, width = logits.shape[1], None if hidden is None else hidden.shape[-1]
+    sizes = (sample.shape[-1], num_classes, num_classes, width)
+    arrays = feature_arrays(*sizes, dtype, metric.feature_rms, views if stacked else None)
+    attributes = {
+        "views": "stacked" if stacked else views,
+        "labels": "all",
+        "fingerprints": _fingerprints(model, metric, inputs, labels),
+    }
     create_store(url, StoreSpec(len(inputs), chunk_rows, chunk_rows, codec, arrays, attributes))
     done, units = finished_units(url), plan_units(len(inputs), chunk_rows)
     for unit in units:
@@ -254,7 +266,7 @@ def train_linear(
         num_classes = int(labels.max()) + 1
     rows = partial(store_rows, store, seed=seed, validation=validation, use_hidden=hidden, labels=labels)
     columns = ("features", "hidden") if hidden and "hidden" in store.arrays else ("features",)
-    num_columns = sum(math.prod(store.arrays[name].shape[1:]) for name in columns)
+    num_columns = sum(math.prod(store.arrays[name].shape[1:]) for name in columns) // num_views(store)
     weights = None
     if class_weights != "none":
         counted = torch.cat([block["labels"] for block in rows("all", use_features=False)])
@@ -262,7 +274,7 @@ def train_linear(
     sums = {part: GramSum.zeros(num_columns, num_classes) for part in ("fit", "validation")}
     for part, total in sums.items():
         for block in rows(part):
-            total.add(block["x"], block["labels"], weights)
+            total.add(*fit_rows(block), weights)
     scores, truth = score_rows(rows("validation"), "x", ridge_path(sums["fit"], penalties))
     best, _ = best_penalty(penalties, scores, truth)
     sums["fit"].merge(sums["validation"])

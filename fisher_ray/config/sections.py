@@ -235,7 +235,10 @@ class LinearConfig(Section):
     """``gradnet``: GradNet alone, without metric, features and linear model; beside another model it is run where the
     section ``gradnet`` is given."""
     views: Literal[1, 2] = 1
-    """2 averages the features of an image and of its mirror image."""
+    """2: an image and its mirror image."""
+    view_mode: Literal["average", "stack"] = "average"
+    """``average``: the views' features are averaged before they are stored. ``stack``: every view's are stored, the
+    model is fitted on each as on a row of its own, and its scores are averaged over a sample's views."""
     hidden: bool = True
     """Also use the last hidden layer (the last layer's input factor)."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -258,7 +261,8 @@ class LinearConfig(Section):
     max_steps: PositiveInt = 40
     """L-BFGS steps of solver ``full_batch``."""
     epochs: PositiveInt = 20
-    """Of solver ``minibatch``, like those that follow: passes over the rows for each penalty, and for the last fit."""
+    """Of solver ``minibatch``, like those that follow: passes over the rows for each penalty, and for the last fit. The
+    smaller the penalty, and the more columns there are for each row, the more it takes to come near the optimum."""
     batch_size: PositiveInt = 256
     """Rows of all workers together between two steps."""
     lr: PositiveFloat = 0.01
@@ -266,10 +270,17 @@ class LinearConfig(Section):
     checkpoint_steps: PositiveInt = 500
     """Steps after which the state is kept in the run folder."""
 
+    @property
+    def num_stacked(self) -> int | None:
+        """How many views' features are stored side by side; None if their average is."""
+        return self.views if self.view_mode == "stack" else None
+
     @model_validator(mode="after")
     def _check(self) -> LinearConfig:
         if self.model != "ridge" and (self.ranks is not None or self.dampings != (None,)):
             raise ValueError(f"ranks and dampings are chosen among by model 'ridge' alone, not {self.model!r}")
+        if self.view_mode == "stack" and self.model == "gradnet":
+            raise ValueError("view_mode 'stack' is of features, which model 'gradnet' has not")
         if self.solver == "minibatch" and self.model != "logistic":
             raise ValueError(f"solver 'minibatch' is of model 'logistic' alone, not {self.model!r}")
         return self

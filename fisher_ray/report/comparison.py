@@ -84,6 +84,8 @@ def conditions(results: Mapping[str, Any]) -> str:
     text = f"{results['num_test']:,} clean test samples, the same for every model"
     if results.get("views") == 2:
         text += "; every model's scores or features averaged over a sample and its mirror image"
+    if results.get("view_mode") == "stack":
+        text += ", each of which the linear models were fitted on as a row of its own"
     return text
 
 

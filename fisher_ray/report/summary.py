@@ -59,6 +59,7 @@ def summarise(
         "num_test": counts["total"],
         "num_features": _num_features(config, metric, counts["num_classes"], stages),
         "views": config.linear.views,
+        "view_mode": config.linear.view_mode,
         "accuracy": accuracy,
         "seconds": _all_seconds(stages),
         "samples_per_second": _rates(stages),

@@ -196,7 +196,7 @@ class _Share(Leaves):
 def _sum_gradient(bench: Workbench, store: FeatureStore, unit: Unit, order: Order) -> Tensor:
     """Return rows, loss, gradient in the weight and in the bias, one after the other: float64 ``(2 + C · F + C,)``."""
     read = shallow.linear_rows(bench, store, order.part, range(unit.start, unit.stop))
-    blocks = ((block["x"].to(bench.device), block["labels"]) for block in read)
+    blocks = ((x.to(bench.device), labels) for x, labels in map(shallow.fit_rows, read))
     rows, loss, by_weight, by_bias = sum_gradients(blocks, order.weight, order.bias, bench.class_weights)
     return torch.cat([torch.tensor([rows, loss], dtype=torch.float64), by_weight.reshape(-1), by_bias])
 
@@ -206,7 +206,7 @@ def _score(bench: Workbench, store: FeatureStore, unit: Unit, order: Order) -> T
     model = LinearWeights(order.weight, order.bias, math.nan)
     parts = [torch.zeros(0, 1 + len(order.bias), dtype=torch.float64)]
     for block in shallow.linear_rows(bench, store, order.part, range(unit.start, unit.stop)):
-        scores = model.scores(block["x"].to(bench.device)).double().cpu()
+        scores = shallow.mean_scores(model, block["x"].to(bench.device)).double().cpu()
         parts.append(torch.cat([block["labels"].double()[:, None], scores], 1))
     return torch.cat(parts)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fisher_ray.errors import DataError, FisherRayError, ModelError, WorkersLostError
 from fisher_ray.linear import Adam, ColumnSums, StandardColumns, best_penalty, fit_temperature, loss_and_gradient
-from fisher_ray.stages import logistic, shallow
+from fisher_ray.stages import logistic, planning, shallow
 from fisher_ray.stages.checkpoint import load_state, save_state
 from fisher_ray.stages.exchange import Ranks
 from fisher_ray.stages.lockstep import Lockstep, Teller
@@ -32,8 +32,6 @@ from fisher_ray.store import Batches, load_arrays
 FILE = "linear/checkpoint.safetensors"
 PROGRESS_FILE = "linear/progress.json"
 """How far the training is, for whoever shows it."""
-BUFFER_ROWS = 4096
-"""Rows that each rank reads, and mixes with each other, at a time; at least a chunk's."""
 _UNRELATED = ("solver", "max_steps", "checkpoint_steps")
 """Keys that a training's state does not depend on."""
 
@@ -124,7 +122,7 @@ class _Training:
         self._lockstep, self._teller = Lockstep(ranks, bench.device), Teller(bench.storage, PROGRESS_FILE)
         self._penalties = sorted(self._section.penalties, reverse=True)
         self._course, self._fitted = Course(), list[tuple[Tensor, Tensor]]()
-        self._adam, self._batch_rows = Adam(self._section.lr), -(-self._section.batch_size // ranks.size)
+        self._adam = Adam(self._section.lr)
 
     def run(self) -> dict[str, Any] | None:
         self._lockstep.gather(self._begin, 1, place="the start")
@@ -146,6 +144,8 @@ class _Training:
     def _begin(self) -> None:
         """Open what is read, and take up the last checkpoint."""
         self._store = shallow.train_store(self._bench)
+        self._views = shallow.num_views(self._store)
+        self._samples = -(-self._section.batch_size // (self._ranks.size * self._views))  # of this rank's batches
         kept = [("features", True), ("hidden", self._section.hidden), ("labels", True)]
         self._names = [name for name, wanted in kept if wanted and name in self._store.arrays]
         self._sums = {
@@ -207,12 +207,12 @@ class _Training:
 
     def _batches(self, part: str, rank: int, start: int = 0) -> Batches:
         return self._store.iter_batches(
-            self._batch_rows,
+            self._samples,
             self._names,
             shuffle=True,
             seed=self._bench.config.seed,
             epoch=self._course.epoch,
-            buffer_rows=BUFFER_ROWS,
+            buffer_rows=planning.STREAMED_ROWS,
             rank=rank,
             world_size=self._ranks.size,
             start=start,
@@ -229,7 +229,7 @@ class _Training:
             raise ModelError(
                 f"the logistic fit diverged: the loss is {loss} at step {self._course.number}. Lower linear.lr."
             )
-        whole = self._batch_rows * self._ranks.size
+        whole = self._samples * self._views * self._ranks.size
         gradient = columns.gradient(state["params"], total[1:], num_rows, whole)
         self._adam.step(
             state["params"], state["mean"], state["square"], gradient, number=self._course.number, progress=progress
@@ -241,9 +241,10 @@ class _Training:
         batch = next(batches, None)
         if batch is None:  # this rank had fewer rows than others
             return None
-        x = shallow.columns_of(batch, self._names[:-1]).to(self._bench.device)
-        labels = torch.from_numpy(batch["labels"])
-        loss, by_weight, by_bias = loss_and_gradient(x, labels, *raw, self._bench.class_weights)
+        stored = shallow.columns_of(batch, self._names[:-1], shallow.is_stacked(self._store))
+        x, labels = shallow.fit_rows({"x": stored, "labels": torch.from_numpy(batch["labels"])})
+        device, weights = self._bench.device, self._bench.class_weights
+        loss, by_weight, by_bias = loss_and_gradient(x.to(device), labels, *raw, weights)
         head = torch.zeros(1, by_weight.shape[1] + 1, dtype=torch.float64)
         head[0, 0], head[0, 1] = len(labels), loss
         return torch.cat([head, torch.cat([by_weight, by_bias[:, None]], 1)])

@@ -37,9 +37,9 @@ class Features:
 
     Attributes:
         batch: its samples, without those left out.
-        values: ``(B, C, R)``, or ``(B, R)`` for one label a sample.
-        logits: ``(B, C)``.
-        hidden: the last hidden layer ``(B, H)``, or None.
+        values: ``(B, C, R)``, or ``(B, R)`` for one label a sample; of stacked views ``(B, V, C, R)`` or ``(B, V, R)``.
+        logits: ``(B, C)``, averaged over the views.
+        hidden: the last hidden layer ``(B, H)``, or None; of stacked views ``(B, V, H)``.
     """
 
     batch: Batch
@@ -230,10 +230,11 @@ def batch_features(
     labels: str,
     seed: int,
     views: int,
+    stacked: bool = False,
     drop: Drop | None = None,
     halvings: Halvings | None = None,
 ) -> Features | None:
-    """Features of one batch, averaged over its views.
+    """Features of one batch, averaged over its views or stacked.
 
     Args:
         engine: of the base network.
@@ -242,7 +243,8 @@ def batch_features(
         batch: clean samples.
         labels: ``scores.labels``.
         seed: the run's.
-        views: 1, or 2 to average over each input and its mirror image (its last axis reversed).
+        views: 1, or 2 for each input and its mirror image (its last axis reversed).
+        stacked: whether the views' features and hidden layers are kept side by side, not averaged.
         drop: told of the row of each sample that the network makes NaN or infinity of, which is left out; None keeps
             them.
         halvings: counts how often the batch is cut for want of memory.
@@ -253,6 +255,7 @@ def batch_features(
     Raises:
         MemoryExhaustedError: if there is not enough memory for one sample.
     """
+    join = stack_views if stacked else mean_views
 
     def compressed_of(part: Batch) -> tuple[list[Tensor], list[Tensor], Tensor]:
         logits, hidden, compressed = [], [], []
@@ -262,7 +265,7 @@ def batch_features(
             logits.append(view_logits)
             hidden += [] if view_hidden is None else [view_hidden]
             compressed.append(values)
-        return logits, hidden, mean_views(compressed)
+        return logits, hidden, join(compressed)
 
     def finite(made: tuple[list[Tensor], list[Tensor], Tensor]) -> Tensor:
         return finite_rows(made[2]) & finite_rows(mean_views(made[0]))
@@ -272,9 +275,10 @@ def batch_features(
         if found is None:
             return None
         kept, (logits, hidden, compressed) = found
-        values = transform(compressed)  # one for all views, being linear
-        values = values if labels == "all" else values[:, 0]
-        return Features(kept, values, mean_views(logits), mean_views(hidden) if hidden else None)
+        made = transform(compressed.flatten(0, -3))  # of averaged views one for all, being linear
+        values = made.reshape(*compressed.shape[:-2], *made.shape[1:])
+        values = values if labels == "all" else values[..., 0, :]
+        return Features(kept, values, mean_views(logits), join(hidden) if hidden else None)
 
     parts: list[Features | None] = []
     (halvings or Halvings()).each(batch, features, parts.append)
@@ -299,6 +303,11 @@ def mean_views(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
 
 
+def stack_views(parts: list[Tensor]) -> Tensor:
+    """Return one tensor ``(B, ...)`` a view as ``(B, V, ...)``."""
+    return torch.stack(parts, 1)
+
+
 def feature_spec(
     config: Config, facts: Facts, split: str, rank: int, feature_rms: float, attributes: dict[str, Any]
 ) -> StoreSpec:
@@ -313,14 +322,21 @@ def feature_spec(
         attributes: JSON values kept with the store.
     """
     num_classes = facts.num_classes if config.scores.labels == "all" else None
-    arrays = feature_arrays(rank, num_classes, facts.num_classes, facts.hidden, config.store.dtype, feature_rms)
+    sizes = (rank, num_classes, facts.num_classes, facts.hidden)
+    arrays = feature_arrays(*sizes, config.store.dtype, feature_rms, config.linear.num_stacked)
     rows, store = facts.num_rows[split], config.store
     unit_rows, shard_rows = config.runtime.unit_rows, store.shard_rows
     return StoreSpec(rows, unit_rows, store.chunk_rows, store.codec, arrays, attributes, shard_rows)
 
 
 def feature_arrays(
-    rank: int, num_scores: int | None, num_classes: int, hidden: int | None, dtype: str, feature_rms: float
+    rank: int,
+    num_scores: int | None,
+    num_classes: int,
+    hidden: int | None,
+    dtype: str,
+    feature_rms: float,
+    num_views: int | None = None,
 ) -> dict[str, ArraySpec]:
     """Describe the arrays of a feature store.
 
@@ -331,19 +347,22 @@ def feature_arrays(
         hidden: width of the last hidden layer, or None.
         dtype: of the features as stored; float16 is scaled.
         feature_rms: the metric's.
+        num_views: ``V`` of stacked views, None for their average.
     """
     rms = feature_rms / math.sqrt(num_scores or 1)
     scale = 2.0 ** round(math.log2(rms / STORED_RMS)) if dtype == "float16" else 1.0
+    views = () if num_views is None else (num_views,)
+    head = ("sample",) if num_views is None else ("sample", "view")
     tail: tuple[int, ...] = (rank,)
-    dims: tuple[str, ...] = ("sample", "rank")
+    dims: tuple[str, ...] = ("rank",)
     if num_scores is not None:
-        tail, dims = (num_scores, rank), ("sample", "class", "rank")
+        tail, dims = (num_scores, rank), ("class", "rank")
     arrays = {
-        "features": ArraySpec(tail, dtype, dims, scale),
+        "features": ArraySpec((*views, *tail), dtype, (*head, *dims), scale),
         "labels": ArraySpec((), "int64", ("sample",)),
         "logits": ArraySpec((num_classes,), "float32", ("sample", "class")),
         "index": ArraySpec((), "int64", ("sample",)),
     }
     if hidden is not None:
-        arrays["hidden"] = ArraySpec((hidden,), "float32", ("sample", "hidden"))
+        arrays["hidden"] = ArraySpec((*views, hidden), "float32", (*head, "hidden"))
     return arrays

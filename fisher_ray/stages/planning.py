@@ -23,6 +23,12 @@ from fisher_ray.stages.workbench import score_engine
 
 MIN_LEAF_ROWS = 4096
 """Rows of one Gram sum at least: fewer are not worth moving a matrix for."""
+STREAMED_ROWS = 4096
+"""Samples that each rank of a streamed fit reads, and mixes with each other, at a time; at least a chunk's."""
+READ_COPIES = 4
+"""Of these: read, mixed, joined to what was left, and those read ahead."""
+STATE_COPIES = 10
+"""Of a streamed fit's weights: parameters, two means of gradients, and what a step makes of them."""
 MEASUREMENTS = 3
 """Micro-batches that a plan's estimate of seconds is measured on."""
 
@@ -98,7 +104,7 @@ def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
         "features/test": len(split_units(config, facts, "test")),
         "linear": sum(len(linear_units(config, facts, columns, part)) for part in ("fit", "validation")),
     }
-    num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
+    num_rows, views = facts.num_rows["shallow"] + facts.num_rows["test"], config.linear.num_stacked or 1
     arrays = 4 if facts.hidden is None else 5
     metadata = 2 * (arrays + 2)  # of each array and the group, and the seal, in both stores
     file_rows = config.store.shard_rows or config.store.chunk_rows
@@ -110,7 +116,7 @@ def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
         "units": units,
         "micro_batch": facts.micro_batch,
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
-        "feature_bytes": num_rows * features * (4 if config.store.dtype == "float32" else 2),
+        "feature_bytes": num_rows * views * features * (4 if config.store.dtype == "float32" else 2),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
         "seconds_of_scores": _seconds(config, facts),
     }
@@ -149,10 +155,15 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
     width = sum_width(plan_compression(config.compression, facts.block_shapes), config.metric)
     factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
     scores = facts.num_classes if config.scores.labels == "all" else 1
+    linear = 8 * 4 * columns**2
+    if config.linear.solver == "minibatch":
+        read = 4 * max(STREAMED_ROWS, config.store.chunk_rows) * (config.linear.num_stacked or 1)
+        models = 8 * facts.num_classes * (len(config.linear.penalties) + STATE_COPIES)
+        linear = columns * (READ_COPIES * read + models)
     return {
         "metric": 8 * (2 * factors + 4 * dim * width) + 4 * facts.micro_batch * scores * dim,
-        "features": 8 * config.runtime.unit_rows * (features + hidden),
-        "linear": 8 * 4 * columns**2,
+        "features": 8 * config.runtime.unit_rows * (config.linear.num_stacked or 1) * (features + hidden),
+        "linear": linear,
     }
 
 

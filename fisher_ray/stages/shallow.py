@@ -27,6 +27,7 @@ from fisher_ray.linear import (
     sum_gradients,
 )
 from fisher_ray.records import Unit
+from fisher_ray.stages.passes import mean_views
 from fisher_ray.stages.planning import num_columns
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.storage import Storage
@@ -71,6 +72,9 @@ def store_rows(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield blocks of rows: ``x`` ``(B, F)``, ``hidden`` (where stored), ``logits``, ``labels``, ``index``.
 
+    Of a store of stacked views, ``x`` is ``(B, V, F)``, and ``hidden`` ``(B, V, H)``: :func:`fit_rows` and
+    :func:`mean_scores` take either. Where neither features nor hidden layer are asked for, there is no ``x``.
+
     Args:
         store: to read from.
         part: ``fit``, ``validation`` (cut from the rows by a hash of seed and sample index) or ``all``.
@@ -84,6 +88,7 @@ def store_rows(
     columns = [*(["features"] if use_features else []), *(["hidden"] if use_hidden else [])]
     wanted = ("features",) if use_features else ()
     names = [name for name in store.arrays if name in (*wanted, "labels", "index", "logits", "hidden")]
+    stacked = is_stacked(store)
     waiting: list[dict[str, np.ndarray]] = []
     for chunk in store.iter_chunks(names, rows):
         if labels is not None:
@@ -93,11 +98,33 @@ def store_rows(
         if labels is not None:
             keep = keep & (chunk["labels"] >= 0)
         waiting.append(chunk if keep.all() else {name: value[keep] for name, value in chunk.items()})
-        if sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
-            yield _joined(waiting, columns)
+        if num_views(store) * sum(len(item["labels"]) for item in waiting) >= BLOCK_ROWS:
+            yield _joined(waiting, columns, stacked)
             waiting = []
     if any(len(item["labels"]) for item in waiting):
-        yield _joined(waiting, columns)
+        yield _joined(waiting, columns, stacked)
+
+
+def is_stacked(store: FeatureStore) -> bool:
+    """Return whether a store holds the features of every view by itself."""
+    return store.layout("features").dims[1] == "view"
+
+
+def num_views(store: FeatureStore) -> int:
+    """Return ``V``, how many rows of the linear model a sample of the store is: 1 for averaged views."""
+    return store.layout("features").shape[1] if is_stacked(store) else 1
+
+
+def fit_rows(block: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a block's ``x`` ``(B, F)`` and labels ``(B,)``; each of stacked views is a row of its own, next to it."""
+    x, labels = block["x"], block["labels"]
+    return (x, labels) if x.ndim == 2 else (x.flatten(0, 1), labels.repeat_interleave(x.shape[1]))
+
+
+def mean_scores(model: LinearWeights, x: Tensor) -> Tensor:
+    """Return a model's scores ``(B, C)`` of ``x`` ``(B, F)``, or their mean over the views of ``(B, V, F)``."""
+    scores = model.scores(x)
+    return scores if x.ndim == 2 else mean_views(list(scores.unbind(1)))
 
 
 def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
@@ -113,10 +140,11 @@ def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
     return keyed_uniform(seed ^ _VALIDATION_KEY, torch.from_numpy(index)).numpy() < validation
 
 
-def _joined(parts: list[dict[str, np.ndarray]], columns: list[str]) -> dict[str, Tensor]:
+def _joined(parts: list[dict[str, np.ndarray]], columns: list[str], stacked: bool) -> dict[str, Tensor]:
     block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    x = columns_of(block, [name for name in columns if name in block])
-    return {"x": x, **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
+    names = [name for name in columns if name in block]
+    x = {"x": columns_of(block, names, stacked)} if names else {}
+    return {**x, **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}
 
 
 def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
@@ -124,21 +152,22 @@ def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
     columns = num_columns(bench.config, bench.facts, bench.metric.rank)
     sums = GramSum.zeros(columns, bench.facts.num_classes)
     for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
-        sums.add(block["x"], block["labels"], bench.class_weights)
+        sums.add(*fit_rows(block), bench.class_weights)
     return sums.to_arrays()
 
 
-def columns_of(block: Mapping[str, np.ndarray], names: Sequence[str]) -> Tensor:
-    """Return the arrays ``names`` of some rows side by side, as a linear model has them: ``(B, F)``."""
-    chosen = [block[name].reshape(len(block[name]), -1) for name in names]
-    return torch.from_numpy(np.concatenate(chosen, axis=1) if len(chosen) > 1 else chosen[0])
+def columns_of(block: Mapping[str, np.ndarray], names: Sequence[str], stacked: bool) -> Tensor:
+    """Return the arrays ``names`` of some rows side by side: ``(B, F)``, or ``(B, V, F)`` of stacked views."""
+    chosen = [block[name].reshape(*block[name].shape[: 1 + stacked], -1) for name in names]
+    return torch.from_numpy(np.concatenate(chosen, axis=-1) if len(chosen) > 1 else chosen[0])
 
 
 def column_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
     """Sum one leaf's columns and their squares, as :meth:`ColumnSums.to_arrays` has them."""
     sums, weights = ColumnSums.zeros(num_columns(bench.config, bench.facts, bench.metric.rank)), bench.class_weights
     for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
-        sums.add(block["x"], None if weights is None else weights[block["labels"].long()])
+        x, labels = fit_rows(block)
+        sums.add(x, None if weights is None else weights[labels.long()])
     return sums.to_arrays()
 
 
@@ -262,7 +291,7 @@ class _HiddenRows:
 def _hidden_sums(bench: Workbench, rows: _HiddenRows, part: str) -> GramSum:
     sums = GramSum.zeros(int(bench.facts.hidden or 0), bench.facts.num_classes)
     for block in rows.of(part):
-        sums.add(block["x"], block["labels"], bench.class_weights)
+        sums.add(*fit_rows(block), bench.class_weights)
     return sums
 
 
@@ -270,7 +299,7 @@ def _fit_logistic(bench: Workbench, rows: _HiddenRows, sums: GramSum, penalty: f
     coordinates = preconditioner(sums, penalty)
 
     def evaluate(params: Tensor) -> tuple[float, Tensor]:
-        blocks = ((block["x"], block["labels"]) for block in rows.of(part))
+        blocks = map(fit_rows, rows.of(part))
         _, loss, by_weight, by_bias = sum_gradients(blocks, *coordinates.raw(params), bench.class_weights)
         return coordinates.objective(params, loss, by_weight, by_bias)
 
@@ -291,7 +320,7 @@ def score_rows(
     for block in blocks:
         labels.append(block["labels"])
         for found, model in zip(scores, models, strict=True):
-            found.append(model.scores(block[columns]))
+            found.append(mean_scores(model, block[columns]))
     if not labels:
         raise DataError("no rows were left to score a model on: give more rows, or raise linear.validation")
     return [torch.cat(found) for found in scores], torch.cat(labels)
@@ -313,7 +342,7 @@ def evaluate(bench: Workbench) -> dict[str, Any]:
             found[name].append(block[name])
         found["base"].append(block["logits"])
         for name, (columns, model) in models.items():
-            found[name].append(model.scores(block[columns]))
+            found[name].append(mean_scores(model, block[columns]))
     joined = {name: torch.cat(parts) for name, parts in found.items()}
     attributes = {"kind": "predictions", "scores": ["base", *models]}
     save_arrays(bench.url("linear/predictions.zarr"), {k: v.numpy() for k, v in joined.items()}, attributes)

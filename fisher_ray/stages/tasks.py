@@ -119,6 +119,7 @@ def _features(bench: Workbench, split: str, unit: Unit, log: UnitLog) -> Iterato
                 labels=config.scores.labels,
                 seed=config.seed,
                 views=config.linear.views,
+                stacked=config.linear.num_stacked is not None,
                 drop=drop,
                 halvings=log.halvings,
             )

@@ -5,18 +5,23 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 import fisher_ray
 from fisher_ray import pipeline
+from fisher_ray.stages import shallow
 from fisher_ray.stages.minibatch import FILE, PROGRESS_FILE
+from fisher_ray.store import open_features
 from tests.integration.processes import wait_for
 from tests.integration.runs import Listening, bits, digits
 from tests.integration.test_gradnet import train_workers
+from tests.reference.linear import logistic_objective, standardised
 
 
 def streamed(output: Path):
-    section = "{model: logistic, solver: minibatch, epochs: 60, batch_size: 64, checkpoint_steps: 7, penalties: [0.3]}"
+    section = "{model: logistic, solver: minibatch, epochs: 60, batch_size: 64, checkpoint_steps: 7, penalties: [3.0]}"
     return digits(output, "runtime.num_workers=2", "trained_on=null", f"linear={section}")
 
 
@@ -40,11 +45,26 @@ def undisturbed(ray_session, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_streamed_fit_does_as_well_as_the_full_batchs_and_leaves_its_weights_alone(undisturbed):
+def test_a_streamed_fit_reaches_the_optimum_on_the_digits_features(undisturbed):
+    output, _ = undisturbed
+    store = open_features(str(output / "features/train.zarr"))
+    kept = store.read_kept(["features", "hidden", "labels"], 0, store.num_rows)
+    labels = kept.pop("labels")
+    x = np.concatenate([values.reshape(len(labels), -1) for values in kept.values()], 1).astype(np.float64)
+    model = shallow.load_weights(str(output / "linear/weights.zarr"))
+    columns, _, _ = standardised(x)
+    best = LogisticRegression(C=10 / (3.0 * len(x)), tol=1e-8, max_iter=10_000).fit(columns, labels)
+    least = logistic_objective(columns, labels, best.coef_, best.intercept_, 3.0)
+    reached = logistic_objective(x, labels, model.weight.numpy(), model.bias.numpy(), 3.0)
+    assert reached == pytest.approx(least, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_streamed_fit_leaves_its_weights_alone(undisturbed):
     output, results = undisturbed
     assert results["accuracy"]["fisher_linear"] > results["accuracy"]["base"] + 0.1
     fitted = json.loads((output / "run.json").read_text())["stages"]["linear"]["result"]
-    assert [item["penalty"] for item in fitted["path"]] == [0.3]
+    assert [item["penalty"] for item in fitted["path"]] == [3.0]
     assert fitted["steps"] >= 60
     names = {path.name for path in (output / "linear").iterdir()}
     assert not names & {Path(FILE).name, Path(PROGRESS_FILE).name, "sums-fit.zarr", "sums-all.zarr"}

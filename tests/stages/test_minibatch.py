@@ -11,7 +11,7 @@ import torch
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, ModelError, RequestError, StoreError, WorkersLostError
 from fisher_ray.linear import ColumnSums, StandardColumns, loss_and_gradient
-from fisher_ray.stages import Workbench, logistic, minibatch, shallow
+from fisher_ray.stages import Workbench, logistic, minibatch, planning, shallow
 from fisher_ray.stages.exchange import Alone
 from fisher_ray.stages.minibatch import FILE, fit_minibatch
 from tests.reference.linear import logistic_objective, standardised
@@ -26,7 +26,7 @@ QUICK = {"solver": "minibatch", "epochs": 3, "batch_size": 32, "checkpoint_steps
 @pytest.fixture(autouse=True)
 def small_leaves(monkeypatch):
     monkeypatch.setattr(logistic, "LEAF_ROWS", 50)
-    monkeypatch.setattr(minibatch, "BUFFER_ROWS", 48)
+    monkeypatch.setattr(planning, "STREAMED_ROWS", 48)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker; more wait for each other on batches so small
     yield
