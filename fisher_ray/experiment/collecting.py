@@ -38,13 +38,14 @@ def _collected(planned: Planned, storage: Storage) -> dict[str, Any]:
         if event["event"] == "unit done" and event["stage"] in stages:
             stages[event["stage"]]["units"].append(sum(event["seconds"].values()))
             workers |= {event["worker"]} if event["stage"] == "features/train" else set()
+    asked = run["config"]["runtime"]["num_workers"]  # workers that were lost and made anew have other names
     path = run["stages"].get("linear", {}).get("result", {}).get("path") or []
     return {
         "steps": planned.steps,
         "seed": planned.seed,
         "views": planned.views,
         "workers": planned.workers,
-        "num_workers": max(1, len(workers)),
+        "num_workers": asked if isinstance(asked, int) else max(1, len(workers)),
         "accuracy": results["accuracy"],
         "seconds": results["seconds"],
         "num_test": results["num_test"],

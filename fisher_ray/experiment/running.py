@@ -37,10 +37,18 @@ def run_experiment(
         StoppedError: if the experiment ended early; run it again to resume.
     """
     configs = {item: experiment.config(item, overrides) for item in planned}
+    bases = {seed: experiment.base_config(seed, overrides) for seed in dict.fromkeys(item.seed for item in planned)}
     failed: dict[Planned, str] = {}
-    for seed in dict.fromkeys(item.seed for item in planned):
+    for seed in bases:
         told(f"base networks of seed {seed}")
-        pipeline.run(experiment.base_config(seed, overrides), address, until="base", progress=progress)
+        try:
+            pipeline.run(bases[seed], address, until="base", progress=progress)
+        except StoppedError:
+            raise
+        except FisherRayError as error:
+            failed |= {item: f"its base network: {error}" for item in planned if item.seed == seed}
+            told(f"base networks of seed {seed} failed: {error}")
+            continue
         for number, (item, config) in enumerate(configs.items(), start=1):
             if item.seed != seed:
                 continue

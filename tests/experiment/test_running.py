@@ -10,7 +10,7 @@ import torch
 
 from fisher_ray.cli import compare
 from fisher_ray.config import Config
-from fisher_ray.errors import ConfigError
+from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.experiment import Experiment, collect, run_experiment, write_comparison
 from fisher_ray.storage import Storage
 from tests.integration.runs import DEMO, QUICK, Listening, digits
@@ -59,6 +59,7 @@ def test_an_experiment_that_was_interrupted_goes_on_and_then_has_nothing_left_to
         assert run["accuracy"]["converged"] > run["accuracy"]["base"]
         assert run["converged"][0] == {"step": 0, "seconds": 0.0, "accuracy": run["converged"][0]["accuracy"]}
         assert len(run["stages"]["features/train"]["units"]) == 5
+        assert run["num_workers"] == 1
     assert runs[0]["accuracy"]["base"] > runs[1]["accuracy"]["base"]
     assert "trained_on" not in runs[4]["stages"]
 
@@ -124,6 +125,17 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(ray_session, tmp_path, c
     assert "error: 1 of 2 runs failed; the first, steps-20/seed-0/views-1: " in printed.err
     assert "| test accuracy, % | 60 steps |" in printed.out
     assert (tmp_path / "out/compare.html").exists()
+
+
+def test_a_seed_whose_base_network_cannot_be_trained_is_named(tmp_path, monkeypatch):
+    def diverges(config, *_, **__):
+        raise ModelError(f"training of seed {config.seed} diverged")
+
+    monkeypatch.setattr("fisher_ray.experiment.running.pipeline.run", diverges)
+    asked = experiment(tmp_path)
+    failed = run_experiment(asked, asked.planned(), OVERRIDES)
+    assert list(failed) == asked.planned()
+    assert failed[asked.planned()[-1]] == "its base network: training of seed 1 diverged"
 
 
 def test_an_experiment_of_a_run_without_training_is_refused(tmp_path):
