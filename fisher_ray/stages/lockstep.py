@@ -11,12 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisher_ray.errors import FisherRayError
+from fisher_ray.errors import FisherRayError, WorkersLostError
 from fisher_ray.stages.exchange import Ranks
 from fisher_ray.storage import Storage
 
 PROGRESS_S = 1.0
 """Least time between two words on the progress."""
+
+
+def told_once(ranks: Ranks, run: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return what ``run`` returns; of an error that all ranks meet, rank 0 alone tells."""
+    try:
+        return run()
+    except WorkersLostError:
+        raise
+    except FisherRayError:
+        if ranks.rank:
+            return None
+        raise
 
 
 class Lockstep:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_ray.errors import DataError, FisherRayError, ModelError, WorkersLostError
+from fisher_ray.errors import DataError, ModelError
 from fisher_ray.linear import Adam, ColumnSums, StandardColumns, best_penalty, fit_temperature, loss_and_gradient
 from fisher_ray.stages import logistic, planning, shallow
 from fisher_ray.stages.checkpoint import load_state, save_state
 from fisher_ray.stages.exchange import Ranks
-from fisher_ray.stages.lockstep import Lockstep, Teller
+from fisher_ray.stages.lockstep import Lockstep, Teller, told_once
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.storage import Storage
 from fisher_ray.store import Batches, load_arrays
@@ -104,14 +104,7 @@ def fit_minibatch(bench: Workbench, ranks: Ranks) -> dict[str, Any] | None:
         StoreError: if features, sums or checkpoint are missing or corrupt.
         WorkersLostError: if the exchange broke.
     """
-    try:
-        return _Training(bench, ranks).run()
-    except WorkersLostError:
-        raise
-    except FisherRayError:
-        if ranks.rank:
-            return None  # rank 0 raises the same
-        raise
+    return told_once(ranks, lambda: _Training(bench, ranks).run())
 
 
 class _Training:

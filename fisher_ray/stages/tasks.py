@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,20 +135,21 @@ def no_rows(url: str) -> Arrays:
 
 def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
     """Sum the linear model's Gram matrix over some rows of the feature store."""
-    log = UnitLog()
-    with bench.turn:
-        start = time.monotonic()
-        sums = shallow.gram_sums(bench, unit, part)
-        log.seconds["compute"] = time.monotonic() - start
-    return log.receipt(unit, attempt), sums
+    return _summed(bench, unit, attempt, partial(shallow.gram_sums, part=part))
 
 
 def sum_columns(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:
     """Sum the linear model's columns and their squares over some rows of the feature store."""
+    return _summed(bench, unit, attempt, partial(shallow.column_sums, part=part))
+
+
+def _summed(
+    bench: Workbench, unit: Unit, attempt: int, add: Callable[[Workbench, Unit], Arrays]
+) -> tuple[Receipt, Arrays]:
     log = UnitLog()
     with bench.turn:
         start = time.monotonic()
-        sums = shallow.column_sums(bench, unit, part)
+        sums = add(bench, unit)
         log.seconds["compute"] = time.monotonic() - start
     return log.receipt(unit, attempt), sums
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_ray.errors import DataError, FisherRayError, ModelError, WorkersLostError
+from fisher_ray.errors import DataError, ModelError
 from fisher_ray.linear import (
     Descent,
     GradNet,
@@ -36,7 +36,7 @@ from fisher_ray.stages.gradnet.checkpoint import (
 )
 from fisher_ray.stages.gradnet.network import network_shape, save_network
 from fisher_ray.stages.gradnet.units import ENTRIES
-from fisher_ray.stages.lockstep import Lockstep, Teller
+from fisher_ray.stages.lockstep import Lockstep, Teller, told_once
 from fisher_ray.stages.shallow import held_out
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import Batches, FeatureStore, open_features
@@ -72,14 +72,7 @@ def fit_gradnet(bench: Workbench, ranks: Ranks) -> dict[str, Any] | None:
         StoreError: if entries or checkpoint are missing or corrupt.
         WorkersLostError: if the exchange broke.
     """
-    try:
-        return _Training(bench, ranks).run()
-    except WorkersLostError:
-        raise
-    except FisherRayError:
-        if ranks.rank:
-            return None  # rank 0 raises the same
-        raise
+    return told_once(ranks, lambda: _Training(bench, ranks).run())
 
 
 class _Training:
