@@ -6,10 +6,8 @@ import json
 from typing import Any
 
 from fisher_ray.experiment.settings import Experiment, Planned
-from fisher_ray.journal import read_run
+from fisher_ray.journal import EVENTS_FILE, read_run
 from fisher_ray.storage import Storage
-
-EVENTS_FILE = "events.jsonl"
 
 
 def collect(experiment: Experiment) -> list[dict[str, Any]]:

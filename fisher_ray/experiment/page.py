@@ -48,5 +48,6 @@ def _told(views: int, steps: int) -> str:
     return (
         f"Accuracy on validation rows against seconds, from the snapshot after {steps:,} steps, {looks}: the base "
         "network trained on with the same rows, and Fisher features with a linear model, by the number of workers. "
-        "Filled points were measured; empty ones are computed from the measured seconds of the units."
+        "Filled points were measured; empty ones are computed from the measured seconds of the units. "
+        "Training on counts the seconds of its steps alone, the shallow route all that its stages took."
     )

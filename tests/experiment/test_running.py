@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 
 from fisher_ray.cli import compare
-from fisher_ray.config import Config
 from fisher_ray.errors import ConfigError, ModelError
 from fisher_ray.experiment import Experiment, collect, run_experiment, write_comparison
 from fisher_ray.storage import Storage
@@ -89,7 +88,6 @@ def test_a_snapshot_is_the_network_that_so_many_steps_train(ray_session, tmp_pat
 def test_runs_train_on_as_their_base_network_was_trained(tmp_path):
     asked = experiment(tmp_path)
     config = asked.config(asked.planned()[1], ["base.momentum=0.5", "trained_on.lr=0.01"])
-    assert isinstance(config, Config)
     assert (config.base, config.seed, config.linear.views) == (None, 0, 1)
     assert config.model.checkpoint == f"{tmp_path}/base/seed-0/base/step-20.safetensors"
     assert config.trained_on is not None

@@ -18,14 +18,24 @@ def run(steps=100, seed=0, views=1, workers=None, fisher=0.7, **more):
     return values | more
 
 
-@pytest.mark.parametrize("count", [2, 3, 8, 11, 14, 40])
+def drawn(count):
+    return [0.5 + 0.01 * math.sin(number) for number in range(count)]
+
+
+def students_half(values):
+    low, high = stats.t.interval(0.95, len(values) - 1, statistics.fmean(values), stats.sem(values))
+    return (high - low) / 2
+
+
+@pytest.mark.parametrize("count", range(2, 32))
 def test_intervals_are_students(count):
-    values = [0.5 + 0.01 * math.sin(number) for number in range(count)]
-    cell = Cell.of(values)
-    low, high = stats.t.interval(0.95, count - 1, statistics.fmean(values), stats.sem(values))
-    assert cell.mean - cell.half == pytest.approx(low, abs=1e-4)
-    assert cell.mean + cell.half == pytest.approx(high, abs=1e-4)
-    assert cell.count == count
+    cell = Cell.of(drawn(count))
+    assert cell.half == pytest.approx(students_half(drawn(count)), rel=1e-4)
+    assert (cell.mean, cell.count) == (statistics.fmean(drawn(count)), count)
+
+
+def test_intervals_of_many_seeds_are_not_too_narrow():
+    assert 1 < Cell.of(drawn(60)).half / students_half(drawn(60)) < 1.03
 
 
 def test_one_seed_has_no_interval():
