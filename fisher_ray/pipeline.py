@@ -233,7 +233,7 @@ class _Run(GradNetStages):
         self._crew.close()  # their places are Ray Train's meanwhile
         given = (self._session, self._config, self._facts, workers, gpus, self._note)
         advanced: Callable[[int, int, str], None] = partial(self._progress.advanced, "linear")
-        fitted = train.fit_minibatch(*given, advanced) if streamed else train.fit_logistic(*given)
+        fitted = train.fit_told(*given, advanced, train.MINIBATCH) if streamed else train.fit_logistic(*given)
         self._check()
         shallow.remove_sums(self._storage)
         self._export_classifier()

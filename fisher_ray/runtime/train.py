@@ -74,6 +74,24 @@ class Fit:
     task: Callable[[Workbench, TorchExchange], dict[str, Any] | None]
 
 
+@dataclass(frozen=True)
+class ToldFit(Fit):
+    """A fit whose rank 0 writes how far it is.
+
+    Attributes:
+        progress_file: where, in the run folder.
+        counted: what it counts, in messages.
+    """
+
+    progress_file: str
+    counted: str
+
+
+GRADNET = ToldFit("training of GradNet", train_gradnet, PROGRESS_FILE, "steps")
+MINIBATCH = ToldFit("logistic fit", minibatch.fit_minibatch, minibatch.PROGRESS_FILE, "epochs")
+"""With fewer workers than before it starts anew, and fits other bits."""
+
+
 def fit_logistic(
     session: Session, config: Config, facts: Facts, num_workers: int, gpus: float, note: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def fit_logistic(
     return result
 
 
-def fit_minibatch(
+def fit_told(
     session: Session,
     config: Config,
     facts: Facts,
@@ -94,29 +112,9 @@ def fit_minibatch(
     gpus: float,
     note: Callable[[str], None],
     advanced: Callable[[int, int, str], None],
+    asked: ToldFit,
 ) -> dict[str, Any]:
-    """Run :func:`fisher_ray.stages.minibatch.fit_minibatch`, see :func:`fit_gradnet`, whose arguments are these.
-
-    After a lost worker it goes on from its last checkpoint; with fewer workers than before it starts anew, and fits
-    other bits.
-    """
-    with _told(Storage(config.output), minibatch.PROGRESS_FILE, "epochs", advanced):
-        asked = Fit("logistic fit", minibatch.fit_minibatch)
-        return fit(session, config, facts, num_workers, gpus, note, asked)
-
-
-def fit_gradnet(
-    session: Session,
-    config: Config,
-    facts: Facts,
-    num_workers: int,
-    gpus: float,
-    note: Callable[[str], None],
-    advanced: Callable[[int, int, str], None],
-) -> dict[str, Any]:
-    """Run :func:`fisher_ray.stages.gradnet.training.fit_gradnet`, see :func:`fit`.
-
-    After a lost worker it goes on from its last checkpoint.
+    """Run a fit that tells of its progress, see :func:`fit`; after a lost worker it goes on from its last checkpoint.
 
     Args:
         session: as of :func:`fit`, like those up to ``note``.
@@ -125,10 +123,11 @@ def fit_gradnet(
         num_workers: ranks.
         gpus: of each.
         note: told what a user may want to know.
-        advanced: told of steps done, all steps, and the loss, now and then.
+        advanced: told of what is done, of all, and the loss, now and then.
+        asked: what is done: :data:`GRADNET` or :data:`MINIBATCH`.
     """
-    with _told(Storage(config.output), PROGRESS_FILE, "steps", advanced):
-        return fit(session, config, facts, num_workers, gpus, note, Fit("training of GradNet", train_gradnet))
+    with _told(Storage(config.output), asked.progress_file, asked.counted, advanced):
+        return fit(session, config, facts, num_workers, gpus, note, asked)
 
 
 def fit(

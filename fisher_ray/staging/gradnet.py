@@ -55,12 +55,13 @@ class GradNetStages(Staging):
         return {**written, "num_kept": num_kept}
 
     def _train_gradnet(self) -> dict[str, Any]:
-        from fisher_ray.runtime.train import fit_gradnet  # Ray Train takes seconds to import
+        from fisher_ray.runtime import train  # Ray Train takes seconds to import
 
         workers, gpus = min(self._crew.target, network.num_pieces(self._config, self._facts)), self._crew.gpus
         self._crew.close()  # their places are Ray Train's meanwhile
         advanced: Callable[[int, int, str], None] = partial(self._progress.advanced, "gradnet")
-        fitted = fit_gradnet(self._session, self._config, self._facts, workers, gpus, self._note, advanced)
+        given = (self._session, self._config, self._facts, workers, gpus, self._note)
+        fitted = train.fit_told(*given, advanced, train.GRADNET)
         self._check()
         return fitted
 
