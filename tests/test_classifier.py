@@ -23,7 +23,7 @@ from fisher_ray.errors import DataError, ModelError, RequestError, StoreError
 from fisher_ray.linear import LinearWeights
 from fisher_ray.models import digits_mlp, mlp
 from fisher_ray.stages.shallow import store_rows
-from fisher_ray.store import finished_units
+from fisher_ray.store import StoreWriter, finished_units
 from tests.gradients import networks
 from tests.reference import metric as reference
 from tests.reference.gradients import weighted_scores
@@ -373,17 +373,15 @@ def test_features_without_labels_do_not_train(tmp_path):
 
 def test_a_store_that_was_begun_is_finished(trained, tmp_path, monkeypatch):
     model, metric, store, _, inputs, labels = trained
-    from fisher_ray.classifier import fitting
+    written, write_unit = [], StoreWriter.write_unit
 
-    written, write_unit = [], fitting.write_unit
-
-    def break_off(url, unit, arrays, **options):
+    def break_off(writer, unit, arrays):
         if unit.index == 2:
             raise KeyboardInterrupt
         written.append(unit.index)
-        return write_unit(url, unit, arrays, **options)
+        return write_unit(writer, unit, arrays)
 
-    monkeypatch.setattr(fitting, "write_unit", break_off)
+    monkeypatch.setattr(StoreWriter, "write_unit", break_off)
     url = str(tmp_path / "g.zarr")
     options = {"labels": labels, "dtype": "float32", "chunk_rows": 64}
     with pytest.raises(KeyboardInterrupt):
@@ -392,11 +390,11 @@ def test_a_store_that_was_begun_is_finished(trained, tmp_path, monkeypatch):
         fisher_ray.open_features(url)
     assert finished_units(url) == {0, 1}
 
-    monkeypatch.setattr(fitting, "write_unit", write_unit)
+    monkeypatch.setattr(StoreWriter, "write_unit", write_unit)
     finished = fisher_ray.write_features(model, metric, inputs, url, **options)
     assert np.array_equal(finished.read("features", 0, 300), store.read("features", 0, 300))
 
-    monkeypatch.setattr(fitting, "write_unit", lambda *_, **__: pytest.fail("a finished unit was written again"))
+    monkeypatch.setattr(StoreWriter, "write_unit", lambda *_: pytest.fail("a finished unit was written again"))
     assert fisher_ray.write_features(model, metric, inputs, url, **options).num_rows == 300
 
 

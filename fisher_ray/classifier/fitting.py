@@ -35,11 +35,11 @@ from fisher_ray.stages.shallow import fit_rows, num_views, score_rows, store_row
 from fisher_ray.store import (
     FeatureStore,
     StoreSpec,
+    StoreWriter,
     create_store,
     finished_units,
     open_features,
     seal,
-    write_unit,
 )
 
 Labels = Literal["all", "true", "sampled", "uniform"]
@@ -196,6 +196,7 @@ def write_features(
         "fingerprints": _fingerprints(model, metric, inputs, labels),
     }
     create_store(url, StoreSpec(len(inputs), chunk_rows, chunk_rows, codec, arrays, attributes))
+    writer = StoreWriter(url)
     done, units = finished_units(url), plan_units(len(inputs), chunk_rows)
     for unit in units:
         if unit.index not in done:
@@ -208,7 +209,7 @@ def write_features(
                 "index": torch.arange(len(inputs))[rows],
             }
             given |= {} if hidden is None else {"hidden": hidden}
-            write_unit(url, unit, {name: value.cpu().numpy() for name, value in given.items()}, attempt=1, skipped={})
+            writer.write_unit(unit, {name: value.cpu().numpy() for name, value in given.items()})
     seal(url, len(units))
     return open_features(url)
 

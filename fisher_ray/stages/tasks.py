@@ -22,7 +22,7 @@ from fisher_ray.stages.host import Host
 from fisher_ray.stages.passes import Features, batch_features, fisher_pass, kronecker_pass
 from fisher_ray.stages.training import clean_batches, drop_row
 from fisher_ray.stages.workbench import Workbench
-from fisher_ray.store import open_features, save_arrays, write_unit
+from fisher_ray.store import save_arrays
 
 Arrays = dict[str, np.ndarray]
 
@@ -83,7 +83,7 @@ def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
     """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
-    log, url = UnitLog(), bench.url(f"features/{name}.zarr")
+    log = UnitLog()
     parts: dict[str, list[Tensor]] = {}
     host = Host(bench.device)
     for made in _features(bench, split, unit, log):
@@ -93,8 +93,9 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
             parts.setdefault(key, []).append(host.copy(value))
     start = time.monotonic()
     host.wait()
-    joined = {key: torch.cat(values).numpy() for key, values in parts.items()} or no_rows(url)
-    num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=log.skipped)
+    writer = bench.store_writer(f"features/{name}.zarr")
+    joined = {key: torch.cat(values).numpy() for key, values in parts.items()} or writer.no_rows()
+    num_bytes = writer.write_unit(unit, joined, attempt=attempt, skipped=log.skipped)
     log.seconds["write"] = time.monotonic() - start
     return log.receipt(unit, attempt, num_bytes), None
 
@@ -125,12 +126,6 @@ def _features(bench: Workbench, split: str, unit: Unit, log: UnitLog) -> Iterato
             )
             if made is not None:
                 yield made
-
-
-def no_rows(url: str) -> Arrays:
-    """Return a store's arrays without rows, for a unit whose rows are all skipped."""
-    layouts = open_features(url, allow_partial=True).arrays
-    return {name: np.empty((0, *layout.shape[1:]), layout.dtype) for name, layout in layouts.items()}
 
 
 def sum_gram(bench: Workbench, unit: Unit, attempt: int, *, part: str) -> tuple[Receipt, Arrays]:

@@ -26,7 +26,7 @@ from fisher_ray.stages.gradnet.network import load_network, network_shape
 from fisher_ray.stages.memory import choose_micro_batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
 from fisher_ray.storage import Storage
-from fisher_ray.store import load_arrays, open_features
+from fisher_ray.store import StoreWriter, load_arrays, open_features
 
 BASE_FILE = "base/model.safetensors"
 SPLITS = ("train", "shallow", "test")
@@ -54,6 +54,7 @@ class Workbench:
         self.storage = Storage(config.output)
         self.turn = threading.RLock()
         self._sources: dict[str, Source] = {}
+        self._writers: dict[str, StoreWriter] = {}
         self._opening = threading.Lock()
 
     @property
@@ -64,6 +65,13 @@ class Workbench:
     def url(self, name: str) -> str:
         """Return the URL of ``name`` in the run folder."""
         return f"{self.config.output.rstrip('/')}/{name}"
+
+    def store_writer(self, name: str) -> StoreWriter:
+        """Return what writes units of the store ``name`` in the run folder."""
+        with self._opening:
+            if name not in self._writers:
+                self._writers[name] = StoreWriter(self.url(name))
+            return self._writers[name]
 
     def source(self, split: str) -> Source:
         """Return the split's rows."""

@@ -11,7 +11,7 @@ from fisher_ray.store.reader import FeatureStore, open_features
 from fisher_ray.store.repair import Repair, repair
 from fisher_ray.store.seal import finished_units, seal
 from fisher_ray.store.statistics import bars, glance
-from fisher_ray.store.writer import create_store, write_unit
+from fisher_ray.store.writer import StoreWriter, create_store
 from fisher_ray.store.zarr_group import open_arrays
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "FeatureStore",
     "Repair",
     "StoreSpec",
+    "StoreWriter",
     "bars",
     "create_store",
     "describe",
@@ -33,5 +34,4 @@ __all__ = [
     "save_arrays",
     "seal",
     "verify",
-    "write_unit",
 ]

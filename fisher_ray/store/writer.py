@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from fisher_ray.store.layout import (
     manifest_name,
 )
 from fisher_ray.store.zarr_group import metadata_files
+
+NONE: Mapping[int, str] = MappingProxyType({})
+"""No skipped rows."""
 
 
 def create_store(url: str, spec: StoreSpec) -> None:
@@ -55,49 +60,73 @@ def create_store(url: str, spec: StoreSpec) -> None:
             storage.write_bytes(name, raw)
 
 
-def write_unit(url: str, unit: Unit, arrays: dict[str, np.ndarray], *, attempt: int, skipped: dict[int, str]) -> int:
-    """Write a unit's chunks, then its manifest; the same input gives the same chunk files.
+class StoreWriter:
+    """Writes units of one store, whose metadata it reads once.
 
-    Args:
-        url: a store from :func:`create_store`.
-        unit: one of the store's units.
-        arrays: every array of the store by name, ``(len(unit), *shape_tail)``, or without the skipped rows.
-        attempt: from 1; kept in the manifest.
-        skipped: reasons by row; such a row is stored as NaN (-1 for integers) and left out by ``iter_chunks``.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        DataError: if a value is not finite, or does not fit the stored type; ``row`` is the row.
-        StoreError: if the unit or an array is not the store's, or the store is sealed.
-        StorageError: if it cannot be written.
+    Attributes:
+        url: the store's.
+        layouts: of its arrays, by name.
     """
-    storage = Storage(url)
-    own, _, _ = read_root(storage)
-    if own["kind"] != "features":
-        raise StoreError(f"{url} is no feature store, so it has no units. Check the URL.")
-    check_unit(unit, own["unit_rows"], own["num_rows"])
-    if storage.exists(SEAL):
-        raise StoreError(f"{url} is sealed, so unit {unit.index} is not written. Remove the store to write it anew.")
-    kept = _kept_rows(unit, skipped)
-    layouts = read_layouts(own)
-    _check_arrays(layouts, arrays, unit, kept)
-    entries: dict[str, list[dict[str, Any]]] = {
-        name: each(
-            storage, _Writer(storage, layout, arrays[name], unit, kept, arrays.get("index")), _files(layout, unit)
-        )
-        for name, layout in layouts.items()
-    }
-    storage.settle(str(item["key"]) for items in entries.values() for item in items)  # before the manifest says so
-    reasons = {str(row): str(reason) for row, reason in skipped.items()}
-    rows = {"unit": unit.index, "start": unit.start, "stop": unit.stop}
-    manifest = pack({**rows, "attempt": attempt, "arrays": entries, "skipped": reasons})
-    storage.write_bytes(manifest_name(unit.index), manifest)
-    return len(manifest) + sum(int(chunk["size"]) for chunks in entries.values() for chunk in chunks)
+
+    def __init__(self, url: str) -> None:
+        """Read a store's metadata.
+
+        Args:
+            url: a store from :func:`create_store`.
+
+        Raises:
+            StoreError: if there is none, or it is no feature store.
+            StorageError: if it cannot be read.
+        """
+        self.url, self._storage = url, Storage(url)
+        own, _, _ = read_root(self._storage)
+        if own["kind"] != "features":
+            raise StoreError(f"{url} is no feature store, so it has no units. Check the URL.")
+        self._unit_rows, self._num_rows, self.layouts = own["unit_rows"], own["num_rows"], read_layouts(own)
+
+    def no_rows(self) -> dict[str, np.ndarray]:
+        """Return every array without rows, for a unit whose rows are all skipped."""
+        return {name: np.empty((0, *layout.shape[1:]), _given_dtype(layout)) for name, layout in self.layouts.items()}
+
+    def write_unit(
+        self, unit: Unit, arrays: dict[str, np.ndarray], *, attempt: int = 1, skipped: Mapping[int, str] = NONE
+    ) -> int:
+        """Write a unit's chunks, then its manifest; the same input gives the same chunk files.
+
+        Args:
+            unit: one of the store's units.
+            arrays: every array of the store by name, ``(len(unit), *shape_tail)``, or without the skipped rows.
+            attempt: from 1; kept in the manifest.
+            skipped: reasons by row; such a row is stored as NaN (-1 for integers) and left out by ``iter_chunks``.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            DataError: if a value is not finite, or does not fit the stored type; ``row`` is the row.
+            StoreError: if the unit or an array is not the store's, or the store is sealed.
+            StorageError: if it cannot be written.
+        """
+        storage = self._storage
+        check_unit(unit, self._unit_rows, self._num_rows)
+        if storage.exists(SEAL):
+            advice = "Remove the store to write it anew."
+            raise StoreError(f"{self.url} is sealed, so unit {unit.index} is not written. {advice}")
+        kept, index = _kept_rows(unit, skipped), arrays.get("index")
+        _check_arrays(self.layouts, arrays, unit, kept)
+        entries: dict[str, list[dict[str, Any]]] = {
+            name: each(storage, _FileWriter(storage, layout, arrays[name], unit, kept, index), _files(layout, unit))
+            for name, layout in self.layouts.items()
+        }
+        storage.settle(str(item["key"]) for items in entries.values() for item in items)  # before the manifest says so
+        reasons = {str(row): str(reason) for row, reason in skipped.items()}
+        rows = {"unit": unit.index, "start": unit.start, "stop": unit.stop}
+        manifest = pack({**rows, "attempt": attempt, "arrays": entries, "skipped": reasons})
+        storage.write_bytes(manifest_name(unit.index), manifest)
+        return len(manifest) + sum(int(chunk["size"]) for chunks in entries.values() for chunk in chunks)
 
 
-class _Writer:
+class _FileWriter:
     """Writes one file of one array of a unit: ``given`` holds all of the unit's rows, or only those ``kept``."""
 
     def __init__(
@@ -170,6 +199,10 @@ def _working_dtype(values: np.ndarray) -> np.dtype[Any]:
     return np.result_type(values.dtype, np.float32)
 
 
+def _given_dtype(layout: Layout) -> np.dtype[Any]:
+    return np.dtype(np.float32 if layout.dtype == BFLOAT16 else layout.dtype)
+
+
 def _files(layout: Layout, unit: Unit) -> range:
     if not layout.num_chunks:
         return range(0)
@@ -177,7 +210,7 @@ def _files(layout: Layout, unit: Unit) -> range:
     return range(unit.start // rows, -(-unit.stop // rows))
 
 
-def _kept_rows(unit: Unit, skipped: dict[int, str]) -> np.ndarray:
+def _kept_rows(unit: Unit, skipped: Mapping[int, str]) -> np.ndarray:
     if foreign := [row for row in skipped if not unit.start <= row < unit.stop]:
         raise StoreError(f"skipped rows {foreign} are not rows of unit {unit.index} [{unit.start}, {unit.stop})")
     kept = np.ones(len(unit), bool)
@@ -191,7 +224,7 @@ def _check_arrays(layouts: dict[str, Layout], arrays: dict[str, np.ndarray], uni
             f"unit {unit.index} has arrays {sorted(arrays)}, the store {sorted(layouts)}. Give exactly these."
         )
     for name, layout in layouts.items():
-        given, dtype = arrays[name], np.dtype(np.float32 if layout.dtype == BFLOAT16 else layout.dtype)
+        given, dtype = arrays[name], _given_dtype(layout)
         if given.shape[1:] != layout.shape[1:] or len(given) not in (len(unit), len(kept)):
             wanted = [len(unit), *layout.shape[1:]]
             raise StoreError(f"unit {unit.index}: array {name!r} has shape {list(given.shape)} instead of {wanted}")

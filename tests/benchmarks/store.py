@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, StoreSpec, create_store, open_features, seal, write_unit
+from fisher_ray.store import ArraySpec, StoreSpec, StoreWriter, create_store, open_features, seal
 from tests.s3_server import KEY, SECRET, S3Server, make_bucket, s3_environment
 
 UNIT_ROWS, CHUNK_ROWS, COLUMNS = 2048, 1024, 10240
@@ -38,10 +38,11 @@ def spec(num_units: int) -> StoreSpec:
 def write_store(url: str, values: list[np.ndarray], *, at_once: int = 1) -> None:
     """Write and seal a store, so many units at once, as workers do; a unit's chunks are written at once anyway."""
     create_store(url, spec(len(values)))
+    writer = StoreWriter(url)
 
     def write(number: int) -> None:
         unit = Unit(number, number * UNIT_ROWS, (number + 1) * UNIT_ROWS)
-        write_unit(url, unit, {"features": values[number]}, attempt=1, skipped={})
+        writer.write_unit(unit, {"features": values[number]})
 
     with ThreadPoolExecutor(at_once) as threads:
         list(threads.map(write, range(len(values))))

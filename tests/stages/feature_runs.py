@@ -11,7 +11,7 @@ from fisher_ray.config import Config
 from fisher_ray.data import plan_units
 from fisher_ray.linear import GramSum
 from fisher_ray.stages import Facts, Workbench, shallow
-from fisher_ray.store import ArraySpec, StoreSpec, create_store, seal, write_unit
+from fisher_ray.store import ArraySpec, StoreSpec, StoreWriter, create_store, seal
 
 HIDDEN = 3
 
@@ -83,7 +83,7 @@ def _write(url, arrays, config, dtype, skipped):
     for unit in units:
         rows = slice(unit.start, unit.stop)
         gone = {row: reason for row, reason in skipped.items() if row in range(unit.start, unit.stop)}
-        write_unit(url, unit, {name: value[rows] for name, value in arrays.items()}, attempt=1, skipped=gone)
+        StoreWriter(url).write_unit(unit, {name: value[rows] for name, value in arrays.items()}, skipped=gone)
     seal(url, len(units))
 
 

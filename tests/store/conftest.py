@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, StoreSpec, create_store, seal, write_unit
+from fisher_ray.store import ArraySpec, StoreSpec, StoreWriter, create_store, seal
 from tests.s3_server import s3_server, s3_url
 
 __all__ = ["s3_server", "s3_url"]
@@ -39,7 +39,7 @@ def make_rows(start: int = 0, stop: int = NUM_ROWS) -> dict[str, np.ndarray]:
 
 def write(url: str, unit: Unit, *, attempt: int = 1, skipped: dict[int, str] | None = None) -> int:
     rows = make_rows(unit.start, unit.stop)
-    return write_unit(url, unit, rows, attempt=attempt, skipped=skipped or {})
+    return StoreWriter(url).write_unit(unit, rows, attempt=attempt, skipped=skipped or {})
 
 
 def write_store(url: str, codec: str = "none") -> None:

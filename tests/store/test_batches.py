@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from fisher_ray.errors import RequestError, StoreError
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, StoreSpec, create_store, open_features, seal, write_unit
+from fisher_ray.store import ArraySpec, StoreSpec, StoreWriter, create_store, open_features, seal
 from fisher_ray.store.torch_dataset import FeatureDataset
 
 NUM_ROWS, CHUNK, UNIT = 103, 5, 20
@@ -31,7 +31,7 @@ def url(tmp_path_factory):
         rows = np.arange(unit.start, unit.stop)
         skipped = {row: why for row, why in SKIPPED.items() if row in rows}
         given = {"index": rows, "x": np.stack([rows, -rows], 1).astype(np.float32)}
-        write_unit(url, unit, given, attempt=1, skipped=skipped)
+        StoreWriter(url).write_unit(unit, given, attempt=1, skipped=skipped)
     seal(url, -(-NUM_ROWS // UNIT))
     return url
 

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from fisher_ray.errors import DataError
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, create_store, open_features, seal, verify, write_unit
+from fisher_ray.store import ArraySpec, StoreWriter, create_store, open_features, seal, verify
 from fisher_ray.store.bfloat import from_bfloat16, to_bfloat16
 from tests.store.conftest import make_spec
 
@@ -26,7 +26,7 @@ def test_a_store_of_bfloat16_comes_back_as_float32_and_zarr_reads_its_bits(tmp_p
     url, values = str(tmp_path / "s"), np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
     spec = {"x": ArraySpec((5,), "bfloat16", ("sample", "rank"))}
     create_store(url, make_spec(codec, num_rows=8, arrays=spec))
-    write_unit(url, Unit(0, 0, 8), {"x": values}, attempt=1, skipped={3: "torn"})
+    StoreWriter(url).write_unit(Unit(0, 0, 8), {"x": values}, attempt=1, skipped={3: "torn"})
     seal(url, 1)
     store, expected = open_features(url), torch.from_numpy(values).bfloat16()
     read = store.read("x", 0, 8)
@@ -50,5 +50,5 @@ def test_what_bfloat16_cannot_hold_is_refused(tmp_path, bad):
     values = np.ones((8, 5), np.float32)
     values[6, 2] = bad
     with pytest.raises(DataError, match="row 6") as caught:
-        write_unit(str(tmp_path), Unit(0, 0, 8), {"x": values}, attempt=1, skipped={})
+        StoreWriter(str(tmp_path)).write_unit(Unit(0, 0, 8), {"x": values})
     assert caught.value.row == 6

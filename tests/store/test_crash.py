@@ -13,18 +13,18 @@ import pytest
 
 from fisher_ray.errors import StorageError
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, create_store, finished_units, open_features, seal, verify, write_unit
+from fisher_ray.store import ArraySpec, StoreWriter, create_store, finished_units, open_features, seal, verify
 from tests.store.conftest import make_spec
 
 WRITER = """
 import sys, numpy as np
 from fisher_ray.records import Unit
-from fisher_ray.store import write_unit
+from fisher_ray.store import StoreWriter
 print("ready", flush=True)
 values = np.ones((512, 4096), np.float32)
 while True:
     for unit in range(4):
-        write_unit(sys.argv[1], Unit(unit, unit * 512, unit * 512 + 512), {"x": values}, attempt=1, skipped={})
+        StoreWriter(sys.argv[1]).write_unit(Unit(unit, unit * 512, unit * 512 + 512), {"x": values})
 """
 
 NUM_KILLS = int(os.environ.get("FISHER_RAY_KILLS", "4"))
@@ -55,7 +55,7 @@ def test_a_killed_writer_leaves_no_torn_chunk(tmp_path):
         assert verify(str(url)) == ["seal.json: missing, the store is not sealed: its writers did not end"]
     for unit in range(4):
         values = np.ones((512, 4096), np.float32)
-        write_unit(str(url), Unit(unit, unit * 512, unit * 512 + 512), {"x": values}, attempt=2, skipped={})
+        StoreWriter(str(url)).write_unit(Unit(unit, unit * 512, unit * 512 + 512), {"x": values}, attempt=2, skipped={})
     create_store(str(url), spec)
     seal(str(url), 4)
     assert verify(str(url)) == []
@@ -74,11 +74,11 @@ def test_a_full_disk_keeps_finished_units_readable(tmp_path):
         arrays = {"x": ArraySpec((8192,), "float32", ("sample", "rank"))}
         create_store(url, make_spec(num_rows=48, arrays=arrays))
         write_big = {"x": np.ones((8, 8192), np.float32)}
-        write_unit(url, Unit(0, 0, 8), write_big, attempt=1, skipped={})
-        write_unit(url, Unit(1, 8, 16), write_big, attempt=1, skipped={})
-        write_unit(url, Unit(2, 16, 24), write_big, attempt=1, skipped={})
+        StoreWriter(url).write_unit(Unit(0, 0, 8), write_big)
+        StoreWriter(url).write_unit(Unit(1, 8, 16), write_big)
+        StoreWriter(url).write_unit(Unit(2, 16, 24), write_big)
         with pytest.raises(StorageError, match="No space left"):
-            write_unit(url, Unit(3, 24, 32), write_big, attempt=1, skipped={})
+            StoreWriter(url).write_unit(Unit(3, 24, 32), write_big)
         assert finished_units(url) == {0, 1, 2}
         np.testing.assert_array_equal(open_features(url, allow_partial=True).read("x", 0, 8), write_big["x"])
     finally:
@@ -95,14 +95,14 @@ def test_rights_that_are_lost_in_the_middle_keep_finished_units_readable():
         os.seteuid(NOBODY)
         try:
             create_store(url, make_spec(num_rows=24, arrays={"x": ArraySpec((4,), "float32", ("sample", "rank"))}))
-            write_unit(url, Unit(0, 0, 8), rows, attempt=1, skipped={})
+            StoreWriter(url).write_unit(Unit(0, 0, 8), rows)
             (place / "s" / "x" / "c").chmod(0o555)
             with pytest.raises(StorageError, match=r"Permission denied.*Give this user the right to write there"):
-                write_unit(url, Unit(1, 8, 16), rows, attempt=1, skipped={})
+                StoreWriter(url).write_unit(Unit(1, 8, 16), rows)
             assert finished_units(url) == {0}
             (place / "s" / "x" / "c").chmod(0o755)
-            write_unit(url, Unit(1, 8, 16), rows, attempt=1, skipped={})
-            write_unit(url, Unit(2, 16, 24), rows, attempt=1, skipped={})
+            StoreWriter(url).write_unit(Unit(1, 8, 16), rows)
+            StoreWriter(url).write_unit(Unit(2, 16, 24), rows)
             seal(url, 3)
             assert verify(url) == []
         finally:

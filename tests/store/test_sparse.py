@@ -5,7 +5,7 @@ import xarray
 import zarr
 
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, create_store, open_features, seal, verify, write_unit
+from fisher_ray.store import ArraySpec, StoreWriter, create_store, open_features, seal, verify
 from tests.store.conftest import make_spec
 
 KEPT, DIM = 6, 1000
@@ -24,7 +24,7 @@ def test_sparse_rows_come_back_whole_by_rows_in_batches_and_by_zarr_and_xarray(t
     for unit in (Unit(0, 0, 8), Unit(1, 8, 16), Unit(2, 16, 20)):
         rows = slice(unit.start, unit.stop)
         given = {"values": values[rows].astype(np.float32), "coordinates": coordinates[rows].astype(np.int32)}
-        write_unit(url, unit, {**given, "index": np.arange(unit.start, unit.stop)}, attempt=1, skipped={})
+        StoreWriter(url).write_unit(unit, {**given, "index": np.arange(unit.start, unit.stop)})
     seal(url, 3)
     assert verify(url) == []
 

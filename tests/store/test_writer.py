@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fisher_ray import storage as storage_module
 from fisher_ray.errors import DataError, StoreError
 from fisher_ray.records import Unit
-from fisher_ray.store import ArraySpec, create_store, finished_units, open_features, seal, verify, write_unit
+from fisher_ray.store import ArraySpec, StoreWriter, create_store, finished_units, open_features, seal, verify
 from tests.store.conftest import UNITS, make_rows, make_spec, snapshot, write, write_store
 
 
@@ -154,7 +154,7 @@ def test_arrays_that_are_not_the_store_s_are_refused(tmp_path, name, value, mess
     url = str(tmp_path / "s")
     create_store(url, make_spec())
     with pytest.raises(StoreError, match=message):
-        write_unit(url, UNITS[0], {**make_rows(0, 8), name: value}, attempt=1, skipped={})
+        StoreWriter(url).write_unit(UNITS[0], {**make_rows(0, 8), name: value})
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_a_value_that_cannot_be_stored_is_told_with_its_array_and_row(tmp_path, 
     rows = make_rows(8, 16)
     rows["features"][5, 1, 2] = bad
     with pytest.raises(DataError, match=f"'features', row 13: .*{message}") as caught:
-        write_unit(url, UNITS[1], rows, attempt=1, skipped={})
+        StoreWriter(url).write_unit(UNITS[1], rows)
     assert caught.value.row == 13
     assert finished_units(url) == set()
     rows["index"] += 100
     with pytest.raises(DataError) as caught:
-        write_unit(url, UNITS[1], rows, attempt=1, skipped={})
+        StoreWriter(url).write_unit(UNITS[1], rows)
     assert caught.value.row == 113
 
 
@@ -180,7 +180,7 @@ def test_an_integer_that_does_not_fit_is_refused(tmp_path):
     url = str(tmp_path / "s")
     create_store(url, make_spec(num_rows=2, arrays={"labels": ArraySpec((), "int8", ("sample",))}))
     with pytest.raises(DataError, match="300 does not fit int8") as caught:
-        write_unit(url, Unit(0, 0, 2), {"labels": np.array([1, 300])}, attempt=1, skipped={})
+        StoreWriter(url).write_unit(Unit(0, 0, 2), {"labels": np.array([1, 300])})
     assert caught.value.row == 1
 
 
@@ -191,7 +191,7 @@ def test_a_scale_that_is_a_power_of_two_costs_nothing_but_the_cast(tmp_path_fact
     arrays = {"features": ArraySpec((7,), "float16", ("sample", "rank"), scale)}
     create_store(url, make_spec(num_rows=6, arrays=arrays))
     values = np.random.default_rng(seed).standard_normal((6, 7)).astype(np.float32)
-    write_unit(url, Unit(0, 0, 6), {"features": values * np.float32(scale)}, attempt=1, skipped={})
+    StoreWriter(url).write_unit(Unit(0, 0, 6), {"features": values * np.float32(scale)})
     expected = values.astype(np.float16).astype(np.float32) * np.float32(scale)
     np.testing.assert_array_equal(open_features(url, allow_partial=True).read("features", 0, 6), expected)
 
@@ -204,7 +204,7 @@ def test_skipped_rows_are_marked_and_told(tmp_path, given_rows):
     rows["features"][1] = np.nan  # of a skipped row, so no matter
     if given_rows == "kept":
         rows = {name: np.delete(values, [1, 7], axis=0) for name, values in rows.items()}
-    write_unit(url, UNITS[1], rows, attempt=1, skipped=skipped)
+    StoreWriter(url).write_unit(UNITS[1], rows, attempt=1, skipped=skipped)
     for unit in (UNITS[0], UNITS[2]):
         write(url, unit)
     seal(url, 3)
@@ -219,11 +219,12 @@ def test_skipped_rows_are_marked_and_told(tmp_path, given_rows):
     assert verify(url) == []
 
 
-def test_a_unit_without_any_row_left_can_be_written(tmp_path):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_unit_without_any_row_left_can_be_written(tmp_path, dtype):
     url = str(tmp_path / "s")
-    create_store(url, make_spec())
-    none = {name: values[:0] for name, values in make_rows().items()}
-    write_unit(url, UNITS[1], none, attempt=3, skipped=dict.fromkeys(range(8, 16), "worker died"))
+    create_store(url, make_spec(dtype=dtype, scale=1.0))
+    writer = StoreWriter(url)
+    writer.write_unit(UNITS[1], writer.no_rows(), attempt=3, skipped=dict.fromkeys(range(8, 16), "worker died"))
     for unit in (UNITS[0], UNITS[2]):
         write(url, unit)
     seal(url, 3)

@@ -24,10 +24,10 @@ from fisher_ray.stages.gradnet.entries import (
 from fisher_ray.stages.host import Host
 from fisher_ray.stages.passes import finite_rows, usable_samples
 from fisher_ray.stages.shallow import held_out
-from fisher_ray.stages.tasks import Arrays, UnitLog, no_rows, unit_samples
+from fisher_ray.stages.tasks import Arrays, UnitLog, unit_samples
 from fisher_ray.stages.training import drop_row
 from fisher_ray.stages.workbench import Workbench
-from fisher_ray.store import open_features, save_arrays, write_unit
+from fisher_ray.store import StoreWriter, open_features, save_arrays
 
 ENTRIES, PREDICTIONS = "features/gradnet.zarr", "gradnet/predictions.zarr"
 """The stores of training samples' entries and of test samples' predictions, in the run folder."""
@@ -72,14 +72,14 @@ def save_ranges(bench: Workbench, ranges: Arrays) -> dict[str, float | int]:
 
 def write_entries(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, None]:
     """Write a unit's normalised entries to the store ``features/gradnet.zarr``."""
-    log, url, host = UnitLog(), bench.url(ENTRIES), Host(bench.device)
+    log, host = UnitLog(), Host(bench.device)
     found: dict[str, list[Tensor]] = {}
     for batch, (values, coordinates) in _label_entries(bench, unit, log):
         values = normalised(bench.gradnet_normalisation, values, coordinates)
         arrays = {"values": values, "coordinates": coordinates, "labels": batch.labels, "index": batch.index}
         for name, value in arrays.items():
             found.setdefault(name, []).append(host.copy(value))
-    return _write(url, unit, attempt, log, host, found)
+    return _write(bench.store_writer(ENTRIES), unit, attempt, log, host, found)
 
 
 def try_entries(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, None]:
@@ -92,13 +92,13 @@ def try_entries(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, No
 
 def predict(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, None]:
     """Write a unit's predictions of the test split to the store ``gradnet/predictions.zarr``."""
-    log, url, host = UnitLog(), bench.url(PREDICTIONS), Host(bench.device)
+    log, host = UnitLog(), Host(bench.device)
     found: dict[str, list[Tensor]] = {}
     for made in _outputs(bench, "test", unit, log):
         arrays = {"scores": made.scores, "base": made.logits, "labels": made.batch.labels, "index": made.batch.index}
         for name, value in arrays.items():
             found.setdefault(name, []).append(host.copy(value))
-    return _write(url, unit, attempt, log, host, found)
+    return _write(bench.store_writer(PREDICTIONS), unit, attempt, log, host, found)
 
 
 def try_predictions(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, None]:
@@ -190,11 +190,11 @@ def _finite(found: Outputs) -> Tensor:
 
 
 def _write(
-    url: str, unit: Unit, attempt: int, log: UnitLog, host: Host, found: dict[str, list[Tensor]]
+    writer: StoreWriter, unit: Unit, attempt: int, log: UnitLog, host: Host, found: dict[str, list[Tensor]]
 ) -> tuple[Receipt, None]:
     start = time.monotonic()
     host.wait()
-    joined = {name: torch.cat(values).numpy() for name, values in found.items()} or no_rows(url)
-    num_bytes = write_unit(url, unit, joined, attempt=attempt, skipped=log.skipped)
+    joined = {name: torch.cat(values).numpy() for name, values in found.items()} or writer.no_rows()
+    num_bytes = writer.write_unit(unit, joined, attempt=attempt, skipped=log.skipped)
     log.seconds["write"] = time.monotonic() - start
     return log.receipt(unit, attempt, num_bytes), None
