@@ -93,6 +93,7 @@ def shallow_points(runs: Runs, run: Mapping[str, Any]) -> dict[int, tuple[float,
     """
     same = ("steps", "views")
     timed = [other for other in runs if other["workers"] is not None and all(other[key] == run[key] for key in same)]
-    measured = {other["num_workers"]: route_seconds(other["stages"]) for other in (*timed, run)}
+    taken = {other["num_workers"]: route_seconds(other["stages"]) for other in (*timed, run)}
+    measured = {number: value for number, value in taken.items() if value is not None}
     computed = {number: computed_seconds(run["stages"], number, run["num_workers"]) for number in WORKERS}
     return {number: (measured.get(number, computed[number]), number in measured) for number in WORKERS}

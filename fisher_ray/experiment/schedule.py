@@ -8,6 +8,13 @@ from typing import Any
 
 SHALLOW_STAGES = ("basis", "metric", "features/train", "linear")
 """What a linear model on Fisher features takes, test rows aside."""
+ROUTES = {
+    "fisher_linear": SHALLOW_STAGES,
+    "gradnet": ("gradnet/ranges", "gradnet/entries", "gradnet"),
+    "trained_on": ("trained_on",),
+    "converged": ("converged",),
+}
+"""The stages that take a base network to each model."""
 
 
 def makespan(seconds: Sequence[float], num_workers: int) -> float:
@@ -24,9 +31,10 @@ def makespan(seconds: Sequence[float], num_workers: int) -> float:
     return max(ends)
 
 
-def route_seconds(stages: Mapping[str, Mapping[str, Any]]) -> float:
-    """Return what the shallow route took, all its stages together."""
-    return float(sum(stages[name]["seconds"] for name in SHALLOW_STAGES if name in stages))
+def route_seconds(stages: Mapping[str, Mapping[str, Any]], model: str = "fisher_linear") -> float | None:
+    """Return what all stages of a model's route took together; None if none of them was run."""
+    taken = [stages[name]["seconds"] for name in ROUTES[model] if name in stages]
+    return float(sum(taken)) if taken else None
 
 
 def computed_seconds(stages: Mapping[str, Mapping[str, Any]], num_workers: int, measured_with: int) -> float:

@@ -52,6 +52,8 @@ class Experiment(Section):
     """Steps of the base network's training."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     views: Annotated[tuple[Literal[1, 2], ...], Field(min_length=1)] = (1, 2)
+    overrides: tuple[str, ...] = ()
+    """For the run's configuration, as ``--set`` takes them, which come after these: ``trained_on.convergence={}``."""
     workers: tuple[PositiveInt, ...] = ()
     """Numbers of workers that the first seed's runs with the most views are made again with, for their seconds."""
 
@@ -133,7 +135,7 @@ class Experiment(Section):
         return Config.from_dict({**values, **changed})
 
     def _values(self, overrides: list[str]) -> dict[str, Any]:
-        return read_yaml(self.run, [f"output={self.output}", *overrides])
+        return read_yaml(self.run, [f"output={self.output}", *self.overrides, *overrides])
 
     @staticmethod
     def _base(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,13 @@ _T = (
 )
 """Student's 97.5 % quantiles of 1 to 30 degrees of freedom; of more, that of 30 makes intervals a little too wide."""
 ABSENT = "–"
+SECONDS = {
+    "fisher_linear": "seconds of metric, features and linear model",
+    "gradnet": "seconds of GradNet's ranges, entries and training",
+    "trained_on": "seconds of training on",
+    "converged": "seconds of training to convergence",
+}
+"""What the time of each model's route is called, in the order shown."""
 
 Runs = Sequence[Mapping[str, Any]]
 
@@ -68,12 +75,13 @@ def accuracies(runs: Runs, views: int) -> dict[str, dict[int, Cell]]:
     return found
 
 
-def shallow_seconds(runs: Runs, views: int) -> dict[int, Cell]:
-    """Return by the base network's steps what the shallow route took."""
-    chosen, found = of_views(runs, views), dict[int, Cell]()
-    for steps in sorted({run["steps"] for run in chosen}):
-        found[steps] = Cell.of([route_seconds(run["stages"]) for run in chosen if run["steps"] == steps])
-    return found
+def seconds(runs: Runs, views: int, model: str) -> dict[int, Cell]:
+    """Return by the base network's steps what a model's route took, of the snapshots that it was taken from."""
+    found: dict[int, list[float]] = {}
+    for run in of_views(runs, views):
+        if (taken := route_seconds(run["stages"], model)) is not None:
+            found.setdefault(run["steps"], []).append(taken)
+    return {steps: Cell.of(found[steps]) for steps in sorted(found)}
 
 
 def rows(runs: Runs, views: int) -> Iterator[tuple[str, ...]]:
@@ -81,8 +89,9 @@ def rows(runs: Runs, views: int) -> Iterator[tuple[str, ...]]:
     snapshots = sorted({run["steps"] for run in of_views(runs, views)})
     for key, cells in accuracies(runs, views).items():
         yield LABELS[key], *(cells[steps].percent() if steps in cells else ABSENT for steps in snapshots)
-    spent = shallow_seconds(runs, views)
-    yield "seconds of metric, features and linear model", *(f"{spent[steps].mean:.0f}" for steps in snapshots)
+    for key, label in SECONDS.items():
+        if spent := seconds(runs, views, key):
+            yield label, *(f"{spent[steps].mean:.0f}" if steps in spent else ABSENT for steps in snapshots)
 
 
 def columns(runs: Runs, views: int) -> tuple[str, ...]:

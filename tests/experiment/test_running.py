@@ -97,6 +97,12 @@ def test_runs_train_on_as_their_base_network_was_trained(tmp_path):
     assert (base.base.steps, base.base.snapshots, base.seed) == (60, (20, 60), 1)
 
 
+def test_its_own_overrides_come_before_those_of_the_command_line(tmp_path):
+    asked = experiment(tmp_path).model_copy(update={"overrides": ("metric.rank=7", "linear.hidden=false")})
+    config = asked.config(asked.planned()[0], ["metric.rank=9"])
+    assert (config.metric.rank, config.linear.hidden) == (9, False)
+
+
 def test_some_of_the_runs_are_chosen(tmp_path):
     asked = experiment(tmp_path, workers=[1])
     assert [run.folder for run in asked.chosen(["steps=20", "seed=1"])] == ["steps-20/seed-1/views-1"]

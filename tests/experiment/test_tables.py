@@ -51,8 +51,19 @@ def test_the_table_has_a_column_for_each_snapshot_and_a_row_for_each_model():
     assert "| linear model on Fisher features | 71.0 ± 12.7 | 70.0 |" in one
     assert "| seconds of metric, features and linear model | 40 | 40 |" in one
     assert "GradNet" not in one
+    assert "seconds of training" not in one
     assert "| test accuracy, % | 100 steps |\n" in two
     assert "one seed" in two
+
+
+def test_the_table_has_the_seconds_of_every_route_that_was_taken():
+    stages = {**run()["stages"], "trained_on": {"seconds": 41.2, "units": []}}
+    names = ("gradnet/entries", "gradnet", "gradnet/test", "converged")
+    other = {name: {"seconds": 100.0, "units": []} for name in names}
+    text = markdown([run(100, stages=stages), run(900, stages={**stages, **other})])
+    assert "| seconds of training on | 41 | 41 |" in text
+    assert "| seconds of training to convergence | – | 100 |" in text
+    assert "| seconds of GradNet's ranges, entries and training | – | 200 |" in text  # test rows aside
 
 
 def test_seconds_are_measured_where_they_were_and_computed_elsewhere():
