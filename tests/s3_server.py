@@ -19,7 +19,10 @@ class S3Server:
 
     def __init__(self) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        memory = {**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(2**26)}  # larger objects lie in files
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=memory
+        )
         watchdog = threading.Timer(60, self.process.kill)
         watchdog.start()
         self.endpoint = self._endpoint()

@@ -80,7 +80,7 @@ def _seal(
         value = np.asarray(arrays[name])
 
         def chunk_entry(chunk: int, layout: Layout = layout, value: np.ndarray = value) -> dict[str, Any]:
-            data, key = _chunk(layout, value, chunk), layout.key(chunk)
+            data, key = _chunk(storage, layout, value, chunk), layout.key(chunk)
             put(storage, key, data)
             return entry(key, data)
 
@@ -137,8 +137,8 @@ def _clear_beginnings(storage: Storage) -> None:
         storage.remove(name)
 
 
-def _chunk(layout: Layout, value: np.ndarray, chunk: int) -> Bytes:
-    raw, stored = new_chunk(layout)
+def _chunk(storage: Storage, layout: Layout, value: np.ndarray, chunk: int) -> Bytes:
+    raw, stored = new_chunk(storage, layout)
     if layout.shape:
         rows = layout.rows(chunk)
         stored[: len(rows)] = value[rows.start : rows.stop]

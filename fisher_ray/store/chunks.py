@@ -35,26 +35,29 @@ def checksum(data: Bytes | np.ndarray, before: int = 0) -> int:
     return int(crc32c.crc32c(given, before))  # other threads go on meanwhile
 
 
-def new_chunk(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+def new_chunk(storage: Storage, layout: Layout) -> tuple[Bytes, np.ndarray]:
     """Return a chunk's bytes, with room for the checksum, and the values ``layout.chunk_shape`` that lie in them.
 
     The caller sets every value.
     """
-    raw = np.empty(layout.chunk_bytes + CHECKSUM_BYTES, np.uint8)
-    return raw, raw[:-CHECKSUM_BYTES].view(_stored_dtype(layout)).reshape(layout.chunk_shape)
+    data = storage.allocate(layout.chunk_bytes + CHECKSUM_BYTES)
+    values = np.frombuffer(data, np.uint8)[:-CHECKSUM_BYTES]
+    return data, values.view(_stored_dtype(layout)).reshape(layout.chunk_shape)
 
 
-def seal_chunk(layout: Layout, raw: np.ndarray) -> Bytes:
-    """Return the bytes to store for the values in ``raw`` from :func:`new_chunk`."""
+def seal_chunk(layout: Layout, data: Bytes) -> Bytes:
+    """Return the bytes to store for the values in ``data`` from :func:`new_chunk`."""
+    raw = np.frombuffer(data, np.uint8)
     if layout.codec != "none":
         body = raw[:-CHECKSUM_BYTES]
         if layout.codec == "zstd":
             packed = Zstd(level=ZSTD_LEVEL).encode(body)
         else:
             packed = Blosc(**BLOSC, shuffle=Blosc.SHUFFLE).encode(body.view(_stored_dtype(layout)))
-        raw = np.frombuffer(packed + bytes(CHECKSUM_BYTES), np.uint8).copy()
+        data = bytearray(packed + bytes(CHECKSUM_BYTES))
+        raw = np.frombuffer(data, np.uint8)
     raw[-CHECKSUM_BYTES:].view("<u4")[:] = checksum(raw[:-CHECKSUM_BYTES])
-    return raw.data
+    return data
 
 
 def entry(key: str, data: Bytes, chunks: int | None = None) -> dict[str, Any]:

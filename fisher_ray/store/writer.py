@@ -154,7 +154,7 @@ class _FileWriter:
     def _chunk(self, chunk: int) -> Bytes:
         rows = self.layout.rows(chunk)
         first, last = np.searchsorted(self.rows, [rows.start, rows.stop])
-        raw, stored = new_chunk(self.layout)
+        raw, stored = new_chunk(self.storage, self.layout)
         if last - first == len(stored):
             self._store(stored, slice(first, last))
         else:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fisher_ray.records import Unit
 from fisher_ray.store import ArraySpec, StoreSpec, StoreWriter, create_store, open_features, seal
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     parser.add_argument("--no-s3", action="store_true")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # as a worker has
     chance = np.random.default_rng(0)
     values = [chance.standard_normal((UNIT_ROWS, COLUMNS), np.float32).astype(np.float16) for _ in range(given.units)]
     num_bytes = sum(rows.nbytes for rows in values)
