@@ -7,7 +7,7 @@ computed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -95,11 +95,13 @@ class Sites:
         sites: the modules.
         copy_inputs: whether the network overwrites what goes into its layers, so that copies are kept.
         copy_outputs: whether it overwrites what comes out of them, so that it gets copies.
+        unseen: by name, modules that own chosen parameters and were not called.
     """
 
     sites: tuple[Site, ...]
     copy_inputs: bool
     copy_outputs: bool
+    unseen: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def any_shared(self) -> bool:
@@ -148,8 +150,8 @@ def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int, precision:
     """Run ``model`` on ``batch`` samples and keep the calls of ``sites``; take gradients inside the context.
 
     Raises:
-        ModelError: if the output is no tensor, a module is called more often than when the network was looked at, or
-            what was kept is overwritten in place, and was not then.
+        ModelError: if the output is no tensor, a module is called more often than when the network was looked at (or
+            at all, and was not then), or what was kept is overwritten in place, and was not then.
     """
     keeper = _Keeper(batch, sites.copy_inputs, sites.copy_outputs)
     with ExitStack() as stack:
@@ -161,6 +163,8 @@ def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int, precision:
                 stack.callback(before.remove)
             hook = site.module.register_forward_hook(keeper.hook(site), prepend=not whole, with_kwargs=True)
             stack.callback(hook.remove)
+        for name, module in sites.unseen.items():
+            stack.callback(module.register_forward_pre_hook(_refusing(name), prepend=True).remove)
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_hook(keeper.keep_hidden).remove)
@@ -171,6 +175,16 @@ def trace(model: nn.Module, inputs: Inputs, sites: Sites, batch: int, precision:
         keeper.check()
         hidden = next((value for value, made in keeper.linear_calls if made is output and value.ndim == 2), None)
         yield Trace(widened, keeper.calls, None if hidden is None else precision.widened(hidden))
+
+
+def _refusing(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise ModelError(
+            f"layer {name!r} ({type(module).__name__}) is called with these samples and was not with the first ones: "
+            "the network's way through its layers depends on its data. Leave the layer out with scores.parameters."
+        )
+
+    return refuse
 
 
 class _Keeper:
@@ -254,7 +268,7 @@ class _Keeper:
 
 
 def _versions(values: list[Any]) -> list[int]:
-    return [value._version if isinstance(value, Tensor) else 0 for value in values]
+    return [value._version if isinstance(value, Tensor) and not value.is_inference() else 0 for value in values]
 
 
 def for_each(value: Tensor, batch: int, sharing: Sharing) -> Tensor:

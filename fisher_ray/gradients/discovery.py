@@ -8,7 +8,7 @@ see it is left to a vector-Jacobian product of the smallest module around that h
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +105,14 @@ class _Discovery:
                     raise
                 raise ModelError(f"what its samples share cannot be repeated for each of them: {error}") from error
         inputs, outputs = (any(t._version != v for t, v in kept) for kept in (small.inputs, small.outputs))
-        return Sites(tuple(self._place(small, large)), inputs, outputs)
+        return Sites(tuple(self._place(small, large)), inputs, outputs, self._unseen(small))
+
+    def _unseen(self, seen: _Seen) -> dict[str, nn.Module]:
+        return {
+            name: module
+            for name, module in self._modules.items()
+            if not seen.calls.get(name) and any(id(value) in self._names for value in module._parameters.values())
+        }
 
     def _runs(self) -> tuple[_Seen, _Seen]:
         small = self._run(SIZES[0])
@@ -190,7 +197,7 @@ class _Discovery:
         by_formula: dict[str, set[Stack]] = defaultdict(set)
         for parameter, stack in sorted(small.uses | large.uses):
             name = stack[-1] if stack else ""
-            if self._has_formula(name, parameter) and _aware(layouts[name]):
+            if self._has_formula(name, parameter, layouts) and _aware(layouts[name]):
                 by_formula[parameter].add(stack)
                 continue
             around = (m for m in reversed(stack) if parameter in self._inside[m] and _aware(layouts[m]))
@@ -234,9 +241,12 @@ class _Discovery:
                 sites.append(Site(name, module, layouts[name], blocks=blocks, parameters=inside))
         return sites
 
-    def _has_formula(self, name: str, parameter: str) -> bool:
+    def _has_formula(self, name: str, parameter: str, layouts: Mapping[str, tuple[Layout, ...]]) -> bool:
         layer = self._layers.get(name)
-        return layer is not None and parameter in layer.names.values()
+        if layer is None or parameter not in layer.names.values():
+            return False
+        axes = (axis for layout in layouts[name] for axis in (*layout.arguments, *layout.outputs))
+        return layer.any_axis or all(axis is None or axis.dim == 0 for axis in axes)
 
     def _layouts(self, name: str, small: _Seen, large: _Seen) -> tuple[Layout, ...]:
         if len(small.calls[name]) != len(large.calls[name]):
@@ -252,7 +262,7 @@ class _Discovery:
 
 
 def _versions(leaves: list[Any]) -> list[tuple[Tensor, int]]:
-    return [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
+    return [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _aware(layouts: tuple[Layout, ...]) -> bool:

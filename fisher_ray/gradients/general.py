@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from fisher_ray.errors import ModelError
 from fisher_ray.gradients.blocks import Block
-from fisher_ray.gradients.capture import Call
+from fisher_ray.gradients.capture import Call, Site
 from fisher_ray.gradients.factors import FormedFactors
 from fisher_ray.gradients.memory import is_out_of_memory
 from fisher_ray.gradients.outputs import main_output
@@ -90,9 +90,20 @@ def formed_factors(
             f"layer {site.name!r} ({type(site.module).__name__}) has no gradient formula and cannot be vectorised over "
             f"samples: {reason} Leave its parameters ({', '.join(site.parameters)}) out with scores.parameters."
         ) from error
+    _check_shapes(site, gradients, pulled[0].shape[1::-1])
     scales = None if scales is None else scales.T
     found = {name: multiplied(precision.widened(value), scales) for name, value in gradients.items()}
     return [FormedFactors(block, _joined(block, site.parameters, found)) for block in site.blocks]
+
+
+def _check_shapes(site: Site, gradients: Mapping[str, Tensor], leading: tuple[int, ...]) -> None:
+    parameters = dict(site.module.named_parameters())
+    for name in site.parameters.values():
+        if gradients[name].shape != (*leading, *parameters[name].shape):
+            raise ModelError(
+                f"layer {site.name!r} ({type(site.module).__name__}) has no gradient formula, and vectorised over "
+                f"samples its gradient of {name} is {tuple(gradients[name].shape)}: leave it out with scores.parameters"
+            )
 
 
 def _wide(value: Any, precision: Precision) -> Any:
@@ -145,8 +156,12 @@ def _of_sample(call: Call, reached: list[bool], sample: list[Tensor], deltas: li
         ]
 
     pull = vjp(outputs, wanted)[1]
-    gradients: dict[str, Tensor] = vmap(lambda *parts: pull(list(parts))[0])(*deltas)
-    return gradients
+    if type(site.module).__module__.startswith("torch.nn."):
+        gradients: dict[str, Tensor] = vmap(lambda *parts: pull(list(parts))[0])(*deltas)
+        return gradients
+    # Vectorised twice, some operations of a user's module would be wrong, as the backward of torch.cdist.
+    each = [pull(list(parts))[0] for parts in zip(*deltas, strict=True)]
+    return {name: torch.stack([found[name] for found in each]) for name in wanted}
 
 
 def _joined(block: Block, names: Mapping[str, str], gradients: dict[str, Tensor]) -> Tensor:

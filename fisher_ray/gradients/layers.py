@@ -60,6 +60,11 @@ class Layer(ABC):
         self.name, self.module, self.names = name, module, names
         self.weight = cast(Tensor, module.weight)
 
+    @property
+    def any_axis(self) -> bool:
+        """Whether samples may lie on any axis that the formula does not name, and not on the first alone."""
+        return False
+
     @abstractmethod
     def blocks(self, keys: set[str]) -> list[Part]:
         """Return the blocks of the parameters ``keys`` where no other layer shares them."""
@@ -88,6 +93,11 @@ class Layer(ABC):
 
 class LinearLayer(Layer):
     """``nn.Linear`` over any leading axes, and the layer of the same meaning with its weight transposed."""
+
+    @property
+    def any_axis(self) -> bool:
+        """See :class:`Layer`."""
+        return True
 
     def blocks(self, keys: set[str]) -> list[Part]:
         """See :class:`Layer`."""
@@ -157,6 +167,11 @@ class ConvolutionLayer(Layer):
 class EmbeddingLayer(Layer):
     """``nn.Embedding``."""
 
+    @property
+    def any_axis(self) -> bool:
+        """See :class:`Layer`."""
+        return True
+
     def blocks(self, keys: set[str]) -> list[Part]:
         """See :class:`Layer`."""
         return [self._joined(keys, *self.weight.shape)]
@@ -173,6 +188,11 @@ class EmbeddingLayer(Layer):
 
 class NormalisationLayer(Layer):
     """A normalisation with a scale and a shift for every channel or coordinate; its block has a column for each."""
+
+    @property
+    def any_axis(self) -> bool:
+        """See :class:`Layer`."""
+        return isinstance(self.module, nn.LayerNorm | nn.RMSNorm)
 
     def blocks(self, keys: set[str]) -> list[Part]:
         """See :class:`Layer`."""
@@ -203,6 +223,11 @@ class NormalisationLayer(Layer):
 
 class PReLULayer(Layer):
     """``nn.PReLU``: a slope for all channels, or one for each."""
+
+    @property
+    def any_axis(self) -> bool:
+        """See :class:`Layer`."""
+        return len(self.weight) == 1
 
     def blocks(self, keys: set[str]) -> list[Part]:
         """See :class:`Layer`."""

@@ -69,10 +69,12 @@ class Softmax:
         """Return ``e_y − p``.
 
         Raises:
-            DataError: if there is not one target for each sample.
+            DataError: if there is not one integer for each sample.
         """
         if targets.shape != (len(output),):
             self._refuse(f"shape {tuple(targets.shape)}", output)
+        if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+            self._refuse(f"dtype {targets.dtype}", output)
         is_target = torch.arange(output.shape[1], device=output.device) == targets[:, None]
         return is_target.to(output) - output.softmax(dim=1)
 
@@ -148,7 +150,10 @@ class Bernoulli:
         return targets.to(output) - output.sigmoid()
 
     def check_targets(self, output: Tensor, targets: Tensor) -> None:
-        """Accept any that :meth:`score` accepts."""
+        """See :class:`Likelihood`; shares of one between no and yes are targets too."""
+        wrong = ~((targets >= 0) & (targets <= 1))  # NaN too
+        if bool(wrong.any()):
+            raise DataError(f"targets: {float(targets[wrong][0])}; the rule is numbers from 0, no, to 1, yes")
 
     def draw(self, kind: str, output: Tensor, targets: Tensor, index: Tensor, seed: int) -> Tensor:
         """See :class:`Likelihood`."""

@@ -41,7 +41,7 @@ def choose_parameters(model: nn.Module, parameters: str | Collection[str] = "*")
     """
     for name, module in model.named_modules():
         _refuse_unusable(name, module)
-        _refuse_train_mode(name, module)
+    refuse_train_mode(model)
     found = Parameters(_chosen(model, parameters))
     owners: dict[Tensor, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -99,6 +99,12 @@ def _refuse_unusable(name: str, module: nn.Module) -> None:
             raise ModelError(f"{what}: {key} has no shape yet. Call the network once before.")
         if parameter.is_complex():
             raise ModelError(f"{what}: {key} is complex. Leave real and imaginary parts as two real parameters.")
+
+
+def refuse_train_mode(model: nn.Module) -> None:
+    """Raise a ModelError if a layer's behaviour depends on its batch or on chance."""
+    for name, module in model.named_modules():
+        _refuse_train_mode(name, module)
 
 
 def _refuse_train_mode(name: str, module: nn.Module) -> None:

@@ -7,12 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fisher_ray.errors import ModelError, RequestError
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """One tensor; several, by position; or several, by the names of the network's arguments. Samples on the first axis."""
+
+
+_NOT_BATCHED = ("Batching rule", "vmap", "doesn't have storage")
+"""In the messages of functions that cannot be vectorised, those that look into memory among them."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -28,10 +32,7 @@ def tensors(inputs: Inputs) -> list[Tensor]:
     Raises:
         RequestError: if there are none, or their first axes differ.
     """
-    values = (
-        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
-    )
-    found = [value for value in values if isinstance(value, Tensor)]
+    found = [value for value in _leaves(inputs)[0] if isinstance(value, Tensor)]
     sizes = [value.shape[0] if value.ndim else 0 for value in found]  # not len(), which makes a symbol a number
     if not found or not sizes[0] or any(size != sizes[0] for size in sizes):
         shapes = ", ".join(str(tuple(value.shape)) for value in found) or "no tensor"
@@ -46,24 +47,31 @@ def rows(inputs: Inputs, index: Tensor) -> Inputs:
 
 def _each(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs:
     """Apply a function to every tensor of the inputs."""
+    leaves, structure = _leaves(inputs)
+    made = [function(value) if isinstance(value, Tensor) else value for value in leaves]
+    return cast(Inputs, tree_unflatten(made, structure))
 
-    def made(value: Any) -> Any:
-        return function(value) if isinstance(value, Tensor) else value
 
-    if isinstance(inputs, Mapping):
-        return {name: made(value) for name, value in inputs.items()}
-    return cast(Inputs, tree_map(made, inputs))
+def _leaves(inputs: Inputs) -> tuple[list[Any], TreeSpec]:
+    return tree_flatten(dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
 def signature(inputs: Inputs) -> tuple[Any, ...]:
     """Return what the inputs have in common with other batches that take the same way through a network."""
-    named = inputs.items() if isinstance(inputs, Mapping) else enumerate(tensors(inputs))
-    return tuple((key, tuple(value.shape[1:]), value.dtype) for key, value in named if isinstance(value, Tensor))
+    leaves, structure = _leaves(inputs)
+    return (str(structure), *map(_kind, leaves))
+
+
+def _kind(value: Any) -> Any:
+    """Return what may choose the way: a tensor's shape, or a flag, name or number; of anything else only its type."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape[1:]), value.dtype
+    return (type(value), value) if isinstance(value, bool | int | float | str | None) else type(value)
 
 
 def outside_inference(inputs: Inputs) -> Inputs:
-    """Return the inputs as tensors that may be part of a graph, copied where they were made in inference mode."""
-    return _each(inputs, lambda value: value.clone() if value.is_inference() else value)
+    """Return the inputs as tensors that may be part of a graph and are of none, copied if made in inference mode."""
+    return _each(inputs, lambda value: value.clone() if value.is_inference() else value.detach())
 
 
 def main_output(output: Any) -> Tensor:
@@ -110,7 +118,7 @@ def pull_back(
             output, wanted, cotangents, is_grads_batched=batched, allow_unused=True, retain_graph=batched
         )
     except RuntimeError as error:
-        if batched and any(word in str(error) for word in ("Batching rule", "vmap")):  # torch has no class for it
+        if batched and any(words in str(error) for words in _NOT_BATCHED):  # torch has no class for it
             return _one_by_one(output, wanted, cotangents)
         if "use_reentrant" not in str(error):
             raise

@@ -20,11 +20,11 @@ from fisher_ray.gradients.general import formed_factors
 from fisher_ray.gradients.graphs import Graphs
 from fisher_ray.gradients.likelihood import Likelihood, Softmax
 from fisher_ray.gradients.memory import is_out_of_memory
-from fisher_ray.gradients.network import choose_parameters
+from fisher_ray.gradients.network import choose_parameters, refuse_train_mode
 from fisher_ray.gradients.outputs import Inputs, outside_inference, pull_back, rows, signature, tensors
 from fisher_ray.gradients.precision import Precision, multiplied
 from fisher_ray.gradients.spanning import Reflection
-from fisher_ray.gradients.verification import verify
+from fisher_ray.gradients.verification import verify, verify_halves
 
 FIRST = Axis(0, 1)
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
@@ -168,9 +168,19 @@ class ScoreEngine:
         return self._scores(inputs, start)
 
     def _scores(self, inputs: Inputs, start: Callable[[Tensor], Tensor]) -> Scores:
+        refuse_train_mode(self.model)
         with torch.inference_mode(False), self.precision.outside(self.model):
             inputs = outside_inference(inputs)
-            return self._compute(self._way(inputs).sites, inputs, start)
+            return self._compute(self._whole_way(inputs).sites, inputs, start)
+
+    def _whole_way(self, inputs: Inputs) -> _Way:
+        """Return the way of :meth:`_way`, on which a batch of more than two was compared with its halves, too."""
+        way, batch = self._way(inputs), tensors(inputs)[0].shape[0]
+        if not way.halved and not isinstance(batch, torch.SymInt) and batch > 2:
+            with self.precision.full(self.model):
+                verify_halves(self.model, inputs, self.precision)
+            way.halved = True
+        return way
 
     def _way(self, inputs: Inputs) -> _Way:
         """Return the way that inputs of these shapes take through the network, looked at and verified."""
@@ -232,10 +242,11 @@ class _Way:
     Attributes:
         sharing: how what the samples share is repeated.
         sites: what is kept.
+        halved: whether a batch was compared with its halves.
     """
 
     def __init__(self, sharing: Sharing, sites: Sites) -> None:
-        self.sharing, self.sites = sharing, sites
+        self.sharing, self.sites, self.halved = sharing, sites, False
         self._num_samples = self._tries = 0
         self._compared: set[str] = set()
 

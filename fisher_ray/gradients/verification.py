@@ -17,6 +17,9 @@ from fisher_ray.gradients.precision import Precision
 Start = Callable[[Tensor], Tensor]
 Compute = Callable[[Inputs, Start], Scores]
 
+NUM_SCORES = 2
+"""Cotangents of each sample: enough that a backward of several at once, and what it does wrong, is seen."""
+
 
 def verify(
     model: nn.Module, inputs: Inputs, blocks: Sequence[Block], compute: Compute, precision: Precision
@@ -27,7 +30,7 @@ def verify(
         model: the network.
         inputs: of one or two samples.
         blocks: of the parameters whose gradients are taken.
-        compute: makes scores from inputs and a function from the output to the cotangents ``(1, B, ...)``.
+        compute: makes scores from inputs and a function from the output to the cotangents ``(S, B, ...)``.
         precision: of both; it says how far apart they may be.
 
     Returns:
@@ -38,14 +41,14 @@ def verify(
     """
     every = torch.arange(len(tensors(inputs)[0]), device="cpu")
     cotangents, plain = _plain(
-        model, rows(inputs, every), {piece.parameter for block in blocks for piece in block.pieces}, precision
+        model, inputs, {piece.parameter for block in blocks for piece in block.pieces}, precision
     )
 
-    def gradients(part: Tensor) -> dict[str, Tensor]:
-        scores = compute(rows(inputs, part), lambda output: cotangents[part][None])
-        return {name: value[:, 0] for name, value in form_gradients(blocks, model, scores).items()}
+    def gradients(part: Tensor, num_scores: int) -> dict[str, Tensor]:
+        scores = compute(rows(inputs, part), lambda output: cotangents[:num_scores, part])
+        return form_gradients(blocks, model, scores)
 
-    together = gradients(every)
+    together = gradients(every, NUM_SCORES)  # by a batched backward; each row below by a plain one
     if name := _different({name: value.sum(0) for name, value in together.items()}, plain, precision):
         raise ModelError(
             f"the gradients of parameter {name!r} do not add up to those of a plain backward pass: the network's "
@@ -53,9 +56,9 @@ def verify(
             "scores.parameters)"
         )
     for row in range(len(every) if len(every) > 1 else 0):
-        alone = gradients(every[row : row + 1])
-        mine = {name: value[row] for name, value in together.items()}
-        if name := _different(mine, {name: value[0] for name, value in alone.items()}, precision):
+        alone = gradients(every[row : row + 1], 1)
+        mine = {name: value[row, 0] for name, value in together.items()}
+        if name := _different(mine, {name: value[0, 0] for name, value in alone.items()}, precision):
             raise ModelError(
                 f"the gradient of parameter {name!r} for a sample depends on the other samples of its batch: look for "
                 "batch statistics in the network, or for samples that are not on the first axis of its output"
@@ -63,20 +66,48 @@ def verify(
     return {name for name, value in plain.items() if 0 < float(value.norm()) < float("inf")}
 
 
+def verify_halves(model: nn.Module, inputs: Inputs, precision: Precision) -> None:
+    """Compare the output of a batch with those of its halves: of two rows alone, capacities or groups may not show.
+
+    Raises:
+        ModelError: if they differ by more than rounding.
+    """
+    batch = len(tensors(inputs)[0])
+    every = torch.arange(batch, device="cpu")
+    with torch.no_grad():
+        whole, *halves = (
+            precision.widened(precision.output(model, rows(inputs, part)))
+            for part in (every, every[: batch // 2], every[batch // 2 :])
+        )
+    one, other = {"output": whole}, {"output": torch.cat(halves)}
+    if whole.shape == other["output"].shape and not _different(one, other, precision):
+        return
+    raise ModelError(
+        "a sample's output depends on the other samples of its batch: a batch and its halves differ. Look for batch "
+        "statistics, capacities or groups in the network, or for samples that are not on the first axis of its output."
+    )
+
+
 def _plain(model: nn.Module, inputs: Inputs, names: set[str], precision: Precision) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return random cotangents, and the parameters' gradients from them."""
+    """Return random cotangents ``(S, B, ...)``, and the parameters' gradients ``(S, *shape)`` from each."""
     parameters = {name: value for name, value in model.named_parameters() if name in names}
+    every = torch.arange(len(tensors(inputs)[0]), device="cpu")  # copies of them, which the network may overwrite
     with _requiring(list(parameters.values())), torch.enable_grad():
-        output = precision.widened(precision.output(model, inputs))
+        output = precision.widened(precision.output(model, rows(inputs, every)))
         generator = torch.Generator().manual_seed(0)
-        cotangents = torch.randn(output.shape, generator=generator, device="cpu").to(output)
-        found: Sequence[Tensor | None] = [None] * len(parameters)
-        if output.requires_grad:
-            found = pull_back(output, list(parameters.values()), cotangents)
-    return cotangents, {
-        name: precision.widened(torch.zeros_like(value) if gradient is None else gradient.detach())
-        for (name, value), gradient in zip(parameters.items(), found, strict=True)
-    }
+        cotangents = torch.randn(NUM_SCORES, *output.shape, generator=generator, device="cpu").to(output)
+        found: dict[str, list[Tensor]] = {name: [] for name in parameters}
+        for number, each in enumerate(cotangents):
+            if number:
+                output = precision.widened(precision.output(model, rows(inputs, every)))  # as a backward frees it
+            pulled: Sequence[Tensor | None] = [None] * len(parameters)
+            if output.requires_grad:
+                pulled = pull_back(output, list(parameters.values()), each)
+            for (name, value), gradient in zip(parameters.items(), pulled, strict=True):
+                found[name].append(
+                    precision.widened(torch.zeros_like(value) if gradient is None else gradient.detach())
+                )
+    return cotangents, {name: torch.stack(parts) for name, parts in found.items()}
 
 
 @contextmanager
