@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import importlib
 import os
 import random
@@ -13,7 +14,7 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ RETRY_S = 60.0
 BLOCK_BYTES, REST_BYTES = 1 << 20, 64
 """What is read at a time where bytes are looked at as they come, and as much as is told of what nobody has room for."""
 PARTIAL = ".partial"
-"""Ending of files whose writer has not finished, or was killed."""
+"""Ending of files whose writer has not finished, or was killed: ``.NAME.<hexadecimal digits>.partial``."""
 
 _LOCAL_TRANSIENT = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT}
 _LOCAL_TRANSIENT |= {errno.ENOENT, errno.ENOTEMPTY}  # one removes a folder while another writes there
@@ -76,11 +77,15 @@ class Storage:
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to other processes without open connections."""
-        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
-    @cached_property
+    @property
     def _files(self) -> _LocalFiles | _S3Files:
-        return _S3Files(self._place, self._options, self._retry_s) if self.remote else _LocalFiles(self._place)
+        process, files = self.__dict__.get("_opened", (None, None))
+        if files is None or process != os.getpid():  # connections do not survive a fork
+            files = _S3Files(self._place, self._options, self._retry_s) if self.remote else _LocalFiles(self._place)
+            self._opened = (os.getpid(), files)
+        return files
 
     def read_bytes(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes of ``name``, or of its range ``[start, stop)``; a negative ``start`` counts from the end.
@@ -158,7 +163,7 @@ class Storage:
     def sizes(self, prefix: str = "", *, partials: bool = False) -> dict[str, int]:
         """Return the bytes of every file under the folder ``prefix``, by name, sorted; or those of ``*.partial``."""
         found = self._try("list", prefix, lambda: self._files.sizes(prefix.strip("/")))
-        return {name: size for name, size in sorted(found.items()) if name.endswith(PARTIAL) == partials}
+        return {name: size for name, size in sorted(found.items()) if _is_partial(name) == partials}
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the names of every file under the folder ``prefix``, sorted; ``*.partial`` left out."""
@@ -203,6 +208,10 @@ class Storage:
         return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
+def _is_partial(name: str) -> bool:
+    return re.fullmatch(rf"\..+\.[0-9a-f]+{re.escape(PARTIAL)}", PurePosixPath(name).name) is not None
+
+
 def _patience_s() -> float:
     given = os.environ.get("FISHER_RAY_RETRY_S", "")
     try:
@@ -222,6 +231,7 @@ class _LocalFiles:
 
     def read(self, name: str, start: int | None, stop: int | None) -> bytes:
         try:
+            self.size(name)  # which knows of pipes, that would wait for a writer
             with open(self.root / name, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 first, last, _ = slice(start, stop).indices(size)
@@ -376,8 +386,12 @@ class _S3Files:
         return {path[offset:]: int(info["size"]) for path, info in found.items() if not path.endswith("/")}
 
     def remove(self, prefix: str) -> None:
-        if paths := [self._path(name) for name in self.sizes(prefix)]:
-            self._fs.rm(paths)
+        paths = [self._path(name) for name in self.sizes(prefix)]
+        patterns = [path for path in paths if glob.has_magic(path)]  # which `rm` would expand
+        for path in patterns:
+            self._fs.rm_file(path)
+        if plain := [path for path in paths if path not in set(patterns)]:
+            self._fs.rm(plain)
 
 
 def _open_s3(options: dict[str, Any], patience_s: float) -> Any:

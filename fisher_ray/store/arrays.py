@@ -11,7 +11,7 @@ import numpy as np
 from fisher_ray.errors import StoreError
 from fisher_ray.storage import Bytes, Storage
 from fisher_ray.store.chunks import entry, new_chunk, read_file, seal_chunk
-from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root, read_sealed
+from fisher_ray.store.documents import check_own, each, pack, plain, read_layouts, read_root, read_sealed
 from fisher_ray.store.layout import ATTRIBUTE, ROOT, SCHEMA, SEAL, Layout, check_layout
 from fisher_ray.store.zarr_group import metadata_files
 
@@ -39,6 +39,7 @@ def save_arrays(
     """
     storage, layouts = Storage(url), {name: _layout(name, np.asarray(value)) for name, value in arrays.items()}
     own = {"schema": SCHEMA, "kind": "arrays", "arrays": {name: item.to_json() for name, item in layouts.items()}}
+    check_own(own)
     files = metadata_files(layouts.values(), {**plain(attributes), ATTRIBUTE: own})
     sealed, root = _content(storage, SEAL), _content(storage, ROOT)
     if sealed is not None and sealed == _seal(storage, layouts, arrays, files, _pass):

@@ -9,7 +9,7 @@ from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
 from fisher_ray.store.chunks import is_intact
 from fisher_ray.store.documents import each, read_layouts, read_root, read_seal, read_sealed
-from fisher_ray.store.layout import ROOT, SEAL, manifest_name
+from fisher_ray.store.layout import ROOT, SCHEMA, SEAL, Layout, manifest_name
 from fisher_ray.store.seal import (
     chunk_entries,
     finished_units,
@@ -58,7 +58,17 @@ def find_problems(storage: Storage) -> list[tuple[str, str]]:
     known = {SEAL, *map(manifest_name, units), *announced}
     if not unchecked:  # else chunks of these units would pass for foreign ones
         problems += [(name, f"{FOREIGN}, no manifest names it") for name in sizes if name not in known]
+    if not problems and sealed["kind"] == "features" and not _is_sum(sealed, manifests):
+        problems.append((SEAL, "its totals are not those of the manifests"))
     return problems + _compare(storage, announced, sizes)
+
+
+def _is_sum(sealed: dict[str, Any], manifests: dict[int, dict[str, Any]]) -> bool:
+    skipped = {row: reason for content in manifests.values() for row, reason in content["skipped"].items()}
+    num_bytes = sum(item["size"] for content in manifests.values() for item in chunk_entries(content))
+    num_rows = sum(content["stop"] - content["start"] for content in manifests.values())
+    totals = {"skipped": skipped, "num_bytes": num_bytes, "num_rows": num_rows, "schema": SCHEMA}
+    return all(sealed[name] == value for name, value in totals.items())
 
 
 def describe(url: str) -> dict[str, Any]:
@@ -95,11 +105,20 @@ def _verify_unsealed(storage: Storage, sizes: dict[str, int]) -> list[tuple[str,
     problems += [(name, "missing") for name in sorted(metadata - set(sizes))]
     manifests = read_manifests(storage, units)
     problems += [(manifest_name(unit), "wrong checksum") for unit in sorted(units - set(manifests))]
-    chunks = {layout.key(file) for layout in layouts.values() for file in range(layout.num_files)}
-    known = {ROOT, *metadata, *map(manifest_name, units), *chunks}
-    problems += [(name, f"{FOREIGN}, no array has it") for name in sizes if name not in known]
+    known = {ROOT, *metadata, *map(manifest_name, units)}
+    strange = (name for name in sizes if name not in known and not _is_chunk(name, layouts))
+    problems += [(name, f"{FOREIGN}, no array has it") for name in strange]
     announced = {item["key"]: item for content in manifests.values() for item in chunk_entries(content)}
     return problems + _compare(storage, announced, sizes)
+
+
+def _is_chunk(name: str, layouts: dict[str, Layout]) -> bool:
+    """Whether a file is where an array has one of its chunks."""
+    parts = name.split("/")
+    layout, number = layouts.get(parts[0]), parts[2] if len(parts) > 2 else "0"
+    if layout is None or not number.isdecimal() or len(number) > 15:
+        return False
+    return int(number) < layout.num_files and layout.key(int(number)) == name
 
 
 def _compare(storage: Storage, announced: dict[str, dict[str, Any]], sizes: dict[str, int]) -> list[tuple[str, str]]:

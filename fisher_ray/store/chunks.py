@@ -210,12 +210,25 @@ def _decode(url: str, layout: Layout, key: str, raw: np.ndarray) -> np.ndarray:
     if len(raw) < CHECKSUM_BYTES or checksum(body) != _own_checksum(raw.data):
         raise _corrupt(url, key)
     try:
+        if layout.codec == "zstd" and _zstd_bytes(body.tobytes()[:18]) != layout.chunk_bytes:
+            raise ValueError("its frame is of another size")
         unpacked = body if layout.codec == "none" else (Zstd() if layout.codec == "zstd" else Blosc()).decode(body)
     except (RuntimeError, ValueError) as error:
         raise StoreError(f"{url}: chunk {key} cannot be decompressed: {error}. Write the store again.") from None
     if len(unpacked) != layout.chunk_bytes:
         raise StoreError(f"{url}: chunk {key} holds {len(unpacked)} bytes instead of {layout.chunk_bytes}")
     return np.frombuffer(unpacked, _stored_dtype(layout)).reshape(layout.chunk_shape)
+
+
+def _zstd_bytes(head: bytes) -> int | None:
+    """Return how many bytes a Zstandard frame promises (RFC 8878, 3.1.1), from its first 18, or None."""
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    single = bool(head[4] & 0x20)
+    size = (int(single), 2, 4, 8)[head[4] >> 6]
+    start = 5 + (not single) + (0, 1, 2, 4)[head[4] & 3]
+    field = head[start : start + size]
+    return int.from_bytes(field, "little") + (256 if size == 2 else 0) if size and len(field) == size else None
 
 
 def _own_checksum(data: Bytes) -> int:

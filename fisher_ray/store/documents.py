@@ -26,9 +26,9 @@ def unpack(raw: bytes) -> dict[str, Any] | None:
     """Return what :func:`pack` was given, or None if a byte is not as it wrote it."""
     try:
         content = json.loads(raw)["content"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return content if isinstance(content, dict) and pack(content) == raw else None
+    except (ValueError, KeyError, TypeError, RecursionError):  # which packing raises too, of infinity and deep nesting
         return None
-    return content if isinstance(content, dict) and pack(content) == raw else None
 
 
 def fingerprint(content: dict[str, Any]) -> int:
@@ -49,6 +49,16 @@ def plain(attributes: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise StoreError(f"attributes are not JSON: {error}. Give plain finite numbers, texts, lists.") from None
     return values
+
+
+def check_own(own: dict[str, Any]) -> None:
+    """Refuse what no reader would take.
+
+    Raises:
+        StoreError: naming the rule that this program's part of a group's attributes breaks.
+    """
+    if (fault := fault_of(Own, own)) is not None:
+        raise StoreError(f"the store cannot be written: {fault}")
 
 
 def read_root(storage: Storage) -> tuple[dict[str, Any], dict[str, Any], bytes]:
@@ -105,6 +115,10 @@ def read_sealed(storage: Storage) -> tuple[dict[str, Any], dict[str, Any], dict[
     sealed = read_seal(storage)
     if sealed is not None and {item["key"]: item["crc32c"] for item in sealed["files"]}.get(ROOT) != checksum(raw):
         raise StoreError(f"{storage.url}: {ROOT} changed since it was sealed. Restore it, or write the store again.")
+    if sealed is not None and sealed["kind"] != own["kind"]:
+        raise StoreError(
+            f"{storage.url}: {SEAL} is that of {sealed['kind']}, not {own['kind']}. Write the store again."
+        )
     return own, attributes, sealed
 
 

@@ -24,6 +24,7 @@ MAX_SHARD_CHUNKS = 2**16
 """Chunks of a shard at most."""
 BFLOAT16 = "bfloat16"
 """Stored as its bits, uint16, since Zarr has no such type; the array's attribute ``stored_as`` says so."""
+SMALLEST_SCALE, LARGEST_SCALE = (float(value) for value in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64", BFLOAT16),
@@ -144,6 +145,11 @@ class Layout:
         """Return the name of a file of chunks, as Zarr v3 has it."""
         return "/".join([self.name, "c", *([str(file)] if self.shape else []), *("0" for _ in self.shape[1:])])
 
+    def files(self, start: int, stop: int) -> range:
+        """Return the files of chunks that hold rows ``[start, stop)``."""
+        rows = self.shard_rows or self.chunk_rows
+        return range(start // rows, -(-stop // rows)) if self.num_chunks else range(0)
+
     def rows(self, chunk: int) -> range:
         """Return the rows of a chunk (a scalar has one)."""
         stop = self.shape[0] if self.shape else 1
@@ -201,6 +207,8 @@ def check_layout(layout: Layout) -> None:
     what = f"array {layout.name!r}"
     if not layout.name or {"/", "\\"} & set(layout.name) or layout.name.startswith((".", "__")):
         raise StoreError(f"{what}: a name is one folder's, without '/', and does not start with '.' or '__'")
+    if not layout.name.isprintable():
+        raise StoreError(f"{what}: a name is made of printable characters")
     if layout.name in (MANIFESTS, ROOT, SEAL):
         raise StoreError(f"{what}: the name is taken by the store itself. Give another name.")
     if layout.dtype not in DTYPES:
@@ -211,6 +219,8 @@ def check_layout(layout: Layout) -> None:
         raise StoreError(f"{what}: codec {layout.codec!r} is not one of {', '.join(CODECS)}")
     if not (0 < layout.scale < math.inf) or (layout.scale != 1.0 and not layout.dtype.startswith("float")):
         raise StoreError(f"{what}: scale {layout.scale} of {layout.dtype} is not positive and finite (1 for integers)")
+    if layout.dtype != "float64" and not SMALLEST_SCALE <= layout.scale <= LARGEST_SCALE:
+        raise StoreError(f"{what}: scale {layout.scale} of {layout.dtype} is beyond float32, which it is applied in")
 
 
 def check_unit(unit: Unit, rows: int, num_rows: int) -> None:

@@ -93,11 +93,14 @@ class FeatureStore:
         -1.
 
         Raises:
-            StoreError: if there is no such array or row, or a chunk is missing or corrupt.
+            StoreError: if there is no such array or row, floating-point numbers are asked for as others, or a chunk is
+                missing or corrupt.
             StorageError: if storage does not answer.
         """
         layout = self.layout(name)
         dtype = self._read_dtype(layout) if out_dtype is None else np.dtype(out_dtype)
+        if self._read_dtype(layout).kind == "f" and dtype.kind != "f":
+            raise StoreError(f"array {name!r} holds {layout.dtype}: read it as a floating-point type, not as {dtype}")
         return self._read(layout, start, stop, dtype, layout.scale)
 
     def read_raw(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from fisher_ray.store.layout import MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_SHARD_CHUNK
 Count = Annotated[int, Field(ge=0, le=2**48)]
 Crc = Annotated[int, Field(ge=0, lt=2**32)]
 Key = Annotated[str, Field(pattern=r"^(zarr\.json|[^/\\.][^/\\]*/(zarr\.json|c(/[0-9]{1,15})*))$", max_length=1000)]
-Reason = Annotated[str, Field(max_length=100_000)]
+MAX_REASON = 100_000
+Reason = Annotated[str, Field(max_length=MAX_REASON)]
 Row = Annotated[str, Field(pattern=r"^[0-9]{1,15}$")]
 
 
@@ -84,7 +85,7 @@ class Own(_Document):
 
 
 class Manifest(_Document):
-    """What was written of a unit."""
+    """What was written of a unit; ``store`` is the CRC-32C of the store's metadata that its writer had read."""
 
     unit: Count
     start: Count
@@ -92,6 +93,7 @@ class Manifest(_Document):
     attempt: Count
     arrays: dict[str, list[Entry]]
     skipped: dict[Row, Reason]
+    store: Crc | None = None
 
 
 class Seal(_Document):

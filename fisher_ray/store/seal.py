@@ -7,22 +7,27 @@ from typing import Any
 
 from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
-from fisher_ray.store.chunks import entry
+from fisher_ray.store.chunks import checksum, entry
 from fisher_ray.store.documents import each, fingerprint, pack, read_layouts, read_root, unpack
-from fisher_ray.store.layout import MANIFESTS, ROOT, SCHEMA, SEAL, manifest_name, unit_rows
+from fisher_ray.store.layout import ATTRIBUTE, MANIFESTS, ROOT, SCHEMA, SEAL, Layout, manifest_name, unit_rows
 from fisher_ray.store.schema import Manifest, fault_of
+from fisher_ray.store.zarr_group import metadata_files
 
 
 def finished_units(url: str) -> set[int]:
-    """Return the units whose manifest is whole and whose chunks are all there, with the sizes it gives.
+    """Return the units whose manifest is whole and of this store, and whose chunks are there with the sizes it gives.
 
     Raises:
         StorageError: if storage does not answer.
     """
     storage = Storage(url)
     sizes = storage.sizes()
+    if ROOT not in sizes:
+        return set()
+    store = checksum(storage.read_bytes(ROOT))
     manifests = read_manifests(storage, manifest_units(sizes))
-    return {unit for unit, content in manifests.items() if not missing_chunks(content, sizes)}
+    whole = (unit for unit, content in manifests.items() if not missing_chunks(content, sizes))
+    return {unit for unit in whole if manifests[unit].get("store") == store}
 
 
 def seal(url: str, num_units: int) -> None:
@@ -35,7 +40,7 @@ def seal(url: str, num_units: int) -> None:
         StorageError: if it cannot be written.
     """
     storage = Storage(url)
-    own, _, root = read_root(storage)
+    own, attributes, root = read_root(storage)
     planned = -(-own["num_rows"] // own["unit_rows"])
     if num_units != planned:
         raise StoreError(f"{url} has {planned} units of {own['unit_rows']} rows, not {num_units}")
@@ -43,10 +48,16 @@ def seal(url: str, num_units: int) -> None:
     manifests = read_manifests(storage, manifest_units(sizes) & set(range(num_units)))
     if absent := [unit for unit in range(num_units) if unit not in manifests]:
         raise StoreError(f"{url}: units {_some(absent)} are not finished. Write them, then seal.")
+    layouts, store = read_layouts(own), checksum(root)
     for unit, content in manifests.items():
-        _check_manifest(url, own, unit, content, sizes)
+        _check_manifest(url, unit, unit_rows(unit, own["unit_rows"], own["num_rows"]), layouts, content, store)
+        if missing := missing_chunks(content, sizes):
+            raise StoreError(f"{url}: chunks {_some(missing)} are missing. Write unit {unit} again, then seal.")
     storage.remove_partials()
-    metadata = {f"{name}/{ROOT}": storage.read_bytes(f"{name}/{ROOT}") for name in read_layouts(own)} | {ROOT: root}
+    metadata = metadata_files(layouts.values(), {**attributes, ATTRIBUTE: own}) | {ROOT: root}
+    for name, raw in metadata.items():
+        if name != ROOT and (name not in sizes or storage.read_bytes(name) != raw):
+            storage.write_bytes(name, raw)  # it was damaged meanwhile, and is not to be certified
     totals: dict[str, Any] = {
         "schema": SCHEMA,
         "kind": "features",
@@ -97,19 +108,14 @@ def unit_fingerprint(content: dict[str, Any]) -> int:
     return fingerprint({name: value for name, value in content.items() if name != "attempt"})
 
 
-def _check_manifest(url: str, own: dict[str, Any], unit: int, content: dict[str, Any], sizes: dict[str, int]) -> None:
-    rows = unit_rows(unit, own["unit_rows"], own["num_rows"])
-    wanted = {
-        layout.key(file)
-        for layout in read_layouts(own).values()
-        for file in range(layout.num_files)
-        if layout.rows(layout.chunks(file).start).start in rows
-    }
+def _check_manifest(
+    url: str, unit: int, rows: range, layouts: dict[str, Layout], content: dict[str, Any], store: int
+) -> None:
+    wanted = [layout.key(file) for layout in layouts.values() for file in layout.files(rows.start, rows.stop)]
     keys = [item["key"] for item in chunk_entries(content)]
-    if (content["start"], content["stop"]) != (rows.start, rows.stop) or sorted(keys) != sorted(wanted):
+    mine = (content["start"], content["stop"], content.get("store")) == (rows.start, rows.stop, store)
+    if not mine or sorted(keys) != sorted(wanted):
         raise StoreError(f"{url}: {manifest_name(unit)} is not of this store. Write unit {unit} again.")
-    if missing := missing_chunks(content, sizes):
-        raise StoreError(f"{url}: chunks {_some(missing)} are missing. Write unit {unit} again, then seal.")
 
 
 def _some(items: list[Any]) -> str:

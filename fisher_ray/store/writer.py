@@ -12,8 +12,8 @@ from fisher_ray.errors import DataError, StoreError
 from fisher_ray.records import Unit
 from fisher_ray.storage import Bytes, Storage
 from fisher_ray.store.bfloat import from_bfloat16, to_bfloat16
-from fisher_ray.store.chunks import entry, new_chunk, seal_chunk, seal_shard
-from fisher_ray.store.documents import each, pack, plain, read_layouts, read_root
+from fisher_ray.store.chunks import checksum, entry, new_chunk, seal_chunk, seal_shard
+from fisher_ray.store.documents import check_own, each, pack, plain, read_layouts, read_root
 from fisher_ray.store.halves import divide_to_half, is_finite
 from fisher_ray.store.layout import (
     ATTRIBUTE,
@@ -27,6 +27,7 @@ from fisher_ray.store.layout import (
     layouts_of,
     manifest_name,
 )
+from fisher_ray.store.schema import MAX_REASON
 from fisher_ray.store.zarr_group import metadata_files
 
 NONE: Mapping[int, str] = MappingProxyType({})
@@ -51,10 +52,11 @@ def create_store(url: str, spec: StoreSpec) -> None:
         "arrays": {name: layout.to_json() for name, layout in layouts.items()},
     }
     attributes = plain(spec.attributes)
-    storage.remove_partials()
+    check_own(own)
     present = set(storage.list())
     if ROOT in present:
         _refuse_another(storage, own, attributes)
+        storage.remove_partials()
     for name, raw in metadata_files(layouts.values(), {**attributes, ATTRIBUTE: own}).items():
         if name not in present:
             storage.write_bytes(name, raw)
@@ -79,10 +81,11 @@ class StoreWriter:
             StorageError: if it cannot be read.
         """
         self.url, self._storage = url, Storage(url)
-        own, _, _ = read_root(self._storage)
+        own, _, root = read_root(self._storage)
         if own["kind"] != "features":
             raise StoreError(f"{url} is no feature store, so it has no units. Check the URL.")
         self._unit_rows, self._num_rows, self.layouts = own["unit_rows"], own["num_rows"], read_layouts(own)
+        self._fingerprint = checksum(root)
 
     def no_rows(self) -> dict[str, np.ndarray]:
         """Return every array without rows, for a unit whose rows are all skipped."""
@@ -112,16 +115,17 @@ class StoreWriter:
         if storage.exists(SEAL):
             advice = "Remove the store to write it anew."
             raise StoreError(f"{self.url} is sealed, so unit {unit.index} is not written. {advice}")
-        kept, index = _kept_rows(unit, skipped), arrays.get("index")
+        kept, index, span = _kept_rows(unit, skipped), arrays.get("index"), (unit.start, unit.stop)
         _check_arrays(self.layouts, arrays, unit, kept)
         entries: dict[str, list[dict[str, Any]]] = {
-            name: each(storage, _FileWriter(storage, layout, arrays[name], unit, kept, index), _files(layout, unit))
+            name: each(storage, _FileWriter(storage, layout, arrays[name], unit, kept, index), layout.files(*span))
             for name, layout in self.layouts.items()
         }
         storage.settle(str(item["key"]) for items in entries.values() for item in items)  # before the manifest says so
-        reasons = {str(row): str(reason) for row, reason in skipped.items()}
+        reasons = {str(row): _storable(reason) for row, reason in skipped.items()}
         rows = {"unit": unit.index, "start": unit.start, "stop": unit.stop}
-        manifest = pack({**rows, "attempt": attempt, "arrays": entries, "skipped": reasons})
+        written = {"attempt": attempt, "arrays": entries, "skipped": reasons, "store": self._fingerprint}
+        manifest = pack({**rows, **written})
         storage.write_bytes(manifest_name(unit.index), manifest)
         return len(manifest) + sum(int(chunk["size"]) for chunks in entries.values() for chunk in chunks)
 
@@ -203,11 +207,8 @@ def _given_dtype(layout: Layout) -> np.dtype[Any]:
     return np.dtype(np.float32 if layout.dtype == BFLOAT16 else layout.dtype)
 
 
-def _files(layout: Layout, unit: Unit) -> range:
-    if not layout.num_chunks:
-        return range(0)
-    rows = layout.shard_rows or layout.chunk_rows
-    return range(unit.start // rows, -(-unit.stop // rows))
+def _storable(reason: str) -> str:
+    return str(reason)[:MAX_REASON].encode("utf-8", "replace").decode()  # a name may hold bytes that are no text
 
 
 def _kept_rows(unit: Unit, skipped: Mapping[int, str]) -> np.ndarray:

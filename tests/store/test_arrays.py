@@ -137,7 +137,7 @@ def test_a_place_that_holds_something_else_is_refused_untouched(tmp_path, store)
         assert snapshot(url) == before
 
 
-@pytest.mark.parametrize("left", ["eigvals/c/0", "older/c/0/0", "zarr.json.partial", "notes.txt"])
+@pytest.mark.parametrize("left", ["eigvals/c/0", "older/c/0/0", ".zarr.json.0123.partial", "notes.txt"])
 def test_what_a_late_writer_left_is_written_over_only_where_nobody_else_writes(tmp_path, left):
     (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / left).write_bytes(b"late")
