@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fisher_ray import journal as journal_module
-from fisher_ray import storage as storage_module
 from fisher_ray.config import Config
 from fisher_ray.errors import ClaimedError, ConfigError, DataError, ResumeMismatchError
 from fisher_ray.journal import OWN, Journal, read_run
 from fisher_ray.storage import Storage
+from fisher_ray.storage.local import LocalFiles
 from tests.s3_server import s3_server, s3_url
 from tests.test_config import minimal
 
@@ -85,7 +85,7 @@ def test_what_interrupted_a_stage_is_told_and_soon_where_storage_does_not_answer
 
     def base() -> None:
         with journal.stage("base"):
-            monkeypatch.setattr(storage_module._LocalFiles, "write", silent)
+            monkeypatch.setattr(LocalFiles, "write", silent)
             raise DataError("row 7 is no picture")
 
     with pytest.raises(DataError, match="row 7"):

@@ -196,6 +196,4 @@ def test_a_pipe_in_a_manifests_place_is_not_waited_for(tmp_path):
     place = tmp_path / "manifest" / "unit-000001.json"
     place.unlink()
     os.mkfifo(place)
-    assert (
-        verify(str(tmp_path))[0] == "manifest/unit-000001.json: wrong checksum, so the unit's chunks cannot be checked"
-    )
+    assert "manifest/unit-000001.json: wrong checksum" in verify(str(tmp_path))[0]

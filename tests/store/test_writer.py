@@ -9,9 +9,9 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fisher_ray import storage as storage_module
 from fisher_ray.errors import DataError, StoreError
 from fisher_ray.records import Unit
+from fisher_ray.storage import local
 from fisher_ray.store import ArraySpec, StoreWriter, create_store, finished_units, open_features, seal, verify
 from tests.store.conftest import UNITS, make_rows, make_spec, snapshot, write, write_store
 
@@ -276,14 +276,14 @@ def test_a_sealed_store_is_not_written_to(store):
 
 def test_a_manifest_comes_after_its_chunks_are_there_for_good(tmp_path, monkeypatch):
     """Contents, names and new folders: after the power is lost no manifest tells of what is not there."""
-    url, done, rename, sync = tmp_path / "s", [], os.replace, storage_module._sync_folder
+    url, done, rename, sync = tmp_path / "s", [], os.replace, local._sync_folder
     create_store(str(url), make_spec())
 
     def noting(what, act):
         return lambda *paths: (act(*paths), done.append((what, str(paths[-1]))))
 
     monkeypatch.setattr(os, "replace", noting("named", rename))
-    monkeypatch.setattr(storage_module, "_sync_folder", noting("kept", sync))
+    monkeypatch.setattr(local, "_sync_folder", noting("kept", sync))
     write(str(url), Unit(0, 0, 8))
     place = next(number for number, (what, name) in enumerate(done) if name.startswith(f"{url}/manifest"))
     before = done[:place]
@@ -298,7 +298,7 @@ def test_a_manifest_comes_after_its_chunks_are_there_for_good(tmp_path, monkeypa
 
 
 def test_a_new_store_s_own_place_is_kept_too(tmp_path, monkeypatch):
-    kept, sync = [], storage_module._sync_folder
-    monkeypatch.setattr(storage_module, "_sync_folder", lambda folder: (sync(folder), kept.append(folder)))
+    kept, sync = [], local._sync_folder
+    monkeypatch.setattr(local, "_sync_folder", lambda folder: (sync(folder), kept.append(folder)))
     create_store(str(tmp_path / "run" / "features" / "s"), make_spec())
     assert {tmp_path, tmp_path / "run", tmp_path / "run" / "features"} <= set(kept)
