@@ -22,7 +22,8 @@ class Batches:
 
     The order depends on the store, ``seed``, ``epoch``, ``buffer_rows`` and ``world_size`` alone: chunks in a random
     order are dealt out to the readers, and the rows of so many chunks as hold ``buffer_rows`` are mixed. Every row that
-    was not skipped comes once, to one reader. While a batch is worked with, the next rows are read.
+    was not skipped comes once, to one reader; of a store without its seal, every such row of its finished units. While
+    a batch is worked with, the next rows are read.
 
     Args:
         store: to read from.
@@ -65,6 +66,8 @@ class Batches:
                 f"batch_size {batch_size}, buffer_rows {buffer_rows} and world_size {world_size} have to be positive; "
                 f"seed {seed}, epoch {epoch} and start {start} not negative; rank {rank} within the world's size"
             )
+        if not names:
+            raise RequestError("names are none: give the arrays that batches are to have")
         self._store, self._batch_size, self._names = store, batch_size, list(names)
         self._shuffle, self._seed, self._epoch = shuffle, seed, epoch
         self._start, self._drop_last, self._only = start, drop_last, only
@@ -72,7 +75,7 @@ class Batches:
             raise RequestError(f"only is {only.dtype} {only.shape}, not one bool for each of {store.num_rows} rows")
         for name in self._names:
             store.layout(name)
-        chunks = self._permutation(store.num_chunks, 0) if shuffle else np.arange(store.num_chunks)
+        chunks = store.chunks[self._permutation(len(store.chunks), 0)] if shuffle else store.chunks
         mine, width = chunks[rank::world_size], -(-buffer_rows // store.chunk_rows)
         self._groups = [mine[first : first + width].tolist() for first in range(0, len(mine), width)]
 

@@ -19,12 +19,14 @@ from fisher_ray.store.bfloat import from_bfloat16
 from fisher_ray.store.chunks import is_plain, read_chunk, read_file
 from fisher_ray.store.documents import each, read_layouts, read_sealed
 from fisher_ray.store.halves import multiply_from_half
-from fisher_ray.store.layout import BFLOAT16, SEAL, Layout
-from fisher_ray.store.seal import manifest_units, read_manifests
+from fisher_ray.store.layout import BFLOAT16, SEAL, Layout, unit_rows
+from fisher_ray.store.seal import finished_units, manifest_units, read_manifests
 
 
 def open_features(url: str, allow_partial: bool = False) -> FeatureStore:
-    """Open a feature store for reading; ``allow_partial`` takes one without its seal too.
+    """Open a feature store for reading.
+
+    ``allow_partial`` takes one without its seal too; which rows are there, :attr:`FeatureStore.finished_rows` says.
 
     Raises:
         StoreError: if there is none, it is not sealed, or its metadata changed since.
@@ -58,7 +60,28 @@ class FeatureStore:
         self.url, self.attributes = storage.url, attributes
         self.arrays: dict[str, Layout] = read_layouts(own)
         self.num_rows: int = own["num_rows"]
+        self._unit_rows: int = own["unit_rows"]
         self.chunk_rows: int = next(iter(self.arrays.values())).chunk_rows
+
+    @cached_property
+    def finished_rows(self) -> list[range]:
+        """Consecutive rows that are there: all of a sealed store; without its seal, those of its finished units."""
+        if self._sealed is not None:
+            return [range(self.num_rows)]
+        found: list[range] = []
+        for unit in sorted(finished_units(self.url)):
+            rows = unit_rows(unit, self._unit_rows, self.num_rows)
+            if found and found[-1].stop == rows.start:
+                rows = range(found.pop().start, rows.stop)
+            found.append(rows)
+        return found
+
+    @cached_property
+    def chunks(self) -> np.ndarray:
+        """The chunks of :attr:`finished_rows`, int64."""
+        size = self.chunk_rows  # a unit has whole chunks
+        spans = [np.arange(rows.start // size, -(-rows.stop // size)) for rows in self.finished_rows]
+        return np.concatenate(spans) if spans else np.arange(0)
 
     @cached_property
     def skipped(self) -> dict[int, str]:
@@ -111,12 +134,15 @@ class FeatureStore:
     def iter_chunks(self, names: Sequence[str], rows: range | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Yield the arrays ``names`` a chunk at a time, in row order, without skipped rows, one chunk read ahead.
 
+        Of a store without its seal, only what is finished comes.
+
         Errors as :meth:`read`.
         """
         rows = range(self.num_rows) if rows is None else rows
         if rows.step != 1:
             raise StoreError(f"rows {rows} have a step. Give consecutive rows.")
-        cuts = range(rows.start - rows.start % self.chunk_rows, rows.stop, self.chunk_rows)
+        asked = range(rows.start // self.chunk_rows, -(-rows.stop // self.chunk_rows))
+        cuts = (chunk * self.chunk_rows for chunk in self.chunks.tolist() if chunk in asked)
         spans = ((max(cut, rows.start), min(cut + self.chunk_rows, rows.stop)) for cut in cuts)
         with closing(prefetch((self.read_kept(names, *span) for span in spans), depth=1)) as blocks:
             yield from (block for block in blocks if all(len(values) for values in block.values()))

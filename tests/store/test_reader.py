@@ -93,6 +93,32 @@ def test_a_store_without_its_seal_is_refused(tmp_path):
         partial.read("index", 4, 12)
 
 
+@pytest.mark.parametrize(
+    ("units", "spans"),
+    [
+        ([], []),
+        ([1], [range(8, 16)]),
+        ([0, 1], [range(16)]),
+        ([0, 2], [range(8), range(16, 21)]),
+        ([0, 1, 2], [range(21)]),
+    ],
+)
+def test_a_store_without_its_seal_says_which_rows_are_there_and_has_them_read(tmp_path, units, spans):
+    url, wanted = str(tmp_path), [row for span in spans for row in span if row != 9]
+    create_store(url, make_spec())
+    for unit in units:
+        write(url, UNITS[unit], skipped={9: "bad"} if unit == 1 else None)
+    partial = open_features(url, allow_partial=True)
+    assert partial.finished_rows == spans
+    found = [row for block in partial.iter_chunks(["index"]) for row in block["index"]]
+    assert found == wanted
+    for options in ({}, {"shuffle": True}):
+        batches = partial.iter_batches(5, ["index"], **options)
+        rows = [row for batch in batches for row in batch["index"]]
+        assert sorted(rows) == wanted
+        assert len(batches) == -(-len(wanted) // 5)
+
+
 def test_a_missing_chunk_is_an_error_and_never_a_value(store):
     store.path("features/c/2/0/0").unlink()
     opened = open_features(store.url)
