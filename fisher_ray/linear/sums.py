@@ -142,7 +142,12 @@ class GramSum:
     def _add_products(self, centred: Tensor) -> None:
         for rows, columns in tile_pairs(self.num_columns):
             tile = self.gram[rows, columns]
-            np.add(tile, (centred[:, rows].T @ centred[:, columns]).cpu().numpy(), out=tile)
+            product = (centred[:, rows].T @ centred[:, columns]).cpu().numpy()
+            if rows == columns:  # the columns' variances, which scale everything, do not hang on float32 kernels
+                product, rounded = product.astype(np.float64), product.diagonal()
+                squares = torch.linalg.vector_norm(centred[:, rows], dim=0, dtype=torch.float64).square().cpu().numpy()
+                np.fill_diagonal(product, np.where(np.isfinite(rounded), squares, rounded))
+            np.add(tile, product, out=tile)
 
     def _add_means(self, mean: Tensor, total: Tensor, num_rows: float) -> None:
         """Add ``m sᵀ + (s − B m) mᵀ``: what ``Σ (x − m)(x − m)ᵀ`` lacks of ``Σ x xᵀ``, for any ``m``."""
