@@ -68,7 +68,7 @@ def _is_sum(sealed: dict[str, Any], manifests: dict[int, dict[str, Any]]) -> boo
     num_bytes = sum(item["size"] for content in manifests.values() for item in chunk_entries(content))
     num_rows = sum(content["stop"] - content["start"] for content in manifests.values())
     totals = {"skipped": skipped, "num_bytes": num_bytes, "num_rows": num_rows, "schema": SCHEMA}
-    return all(sealed[name] == value for name, value in totals.items())
+    return all(sealed.get(name) == value for name, value in totals.items())
 
 
 def describe(url: str) -> dict[str, Any]:
