@@ -9,12 +9,13 @@ from fisher_ray.errors import StoreError
 from fisher_ray.storage import Storage
 from fisher_ray.store.chunks import is_intact
 from fisher_ray.store.documents import each, read_layouts, read_root, read_seal, read_sealed
-from fisher_ray.store.layout import ROOT, SCHEMA, SEAL, Layout, manifest_name
+from fisher_ray.store.layout import ROOT, SEAL, Layout, manifest_name
 from fisher_ray.store.seal import (
     chunk_entries,
     finished_units,
     manifest_units,
     read_manifests,
+    totals_of,
     unit_fingerprint,
 )
 
@@ -58,17 +59,10 @@ def find_problems(storage: Storage) -> list[tuple[str, str]]:
     known = {SEAL, *map(manifest_name, units), *announced}
     if not unchecked:  # else chunks of these units would pass for foreign ones
         problems += [(name, f"{FOREIGN}, no manifest names it") for name in sizes if name not in known]
-    if not problems and sealed["kind"] == "features" and not _is_sum(sealed, manifests):
+    totals = totals_of(manifests)
+    if not problems and sealed["kind"] == "features" and {**sealed, **totals} != sealed:
         problems.append((SEAL, "its totals are not those of the manifests"))
     return problems + _compare(storage, announced, sizes)
-
-
-def _is_sum(sealed: dict[str, Any], manifests: dict[int, dict[str, Any]]) -> bool:
-    skipped = {row: reason for content in manifests.values() for row, reason in content["skipped"].items()}
-    num_bytes = sum(item["size"] for content in manifests.values() for item in chunk_entries(content))
-    num_rows = sum(content["stop"] - content["start"] for content in manifests.values())
-    totals = {"skipped": skipped, "num_bytes": num_bytes, "num_rows": num_rows, "schema": SCHEMA}
-    return all(sealed.get(name) == value for name, value in totals.items())
 
 
 def describe(url: str) -> dict[str, Any]:

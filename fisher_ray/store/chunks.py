@@ -210,7 +210,7 @@ def _decode(url: str, layout: Layout, key: str, raw: np.ndarray) -> np.ndarray:
     if len(raw) < CHECKSUM_BYTES or checksum(body) != _own_checksum(raw.data):
         raise _corrupt(url, key)
     try:
-        if layout.codec == "zstd" and _zstd_bytes(body.tobytes()[:18]) != layout.chunk_bytes:
+        if layout.codec == "zstd" and _zstd_bytes(body[:18].tobytes()) != layout.chunk_bytes:
             raise ValueError("its frame is of another size")
         unpacked = body if layout.codec == "none" else (Zstd() if layout.codec == "zstd" else Blosc()).decode(body)
     except (RuntimeError, ValueError) as error:

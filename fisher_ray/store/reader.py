@@ -20,7 +20,7 @@ from fisher_ray.store.chunks import is_plain, read_chunk, read_file
 from fisher_ray.store.documents import each, read_layouts, read_sealed
 from fisher_ray.store.halves import multiply_from_half
 from fisher_ray.store.layout import BFLOAT16, SEAL, Layout, unit_rows
-from fisher_ray.store.seal import finished_units, manifest_units, read_manifests
+from fisher_ray.store.seal import finished_manifests, totals_of
 
 
 def open_features(url: str, allow_partial: bool = False) -> FeatureStore:
@@ -64,12 +64,16 @@ class FeatureStore:
         self.chunk_rows: int = next(iter(self.arrays.values())).chunk_rows
 
     @cached_property
+    def _manifests(self) -> dict[int, dict[str, Any]]:
+        return finished_manifests(self._storage)
+
+    @cached_property
     def finished_rows(self) -> list[range]:
         """Consecutive rows that are there: all of a sealed store; without its seal, those of its finished units."""
         if self._sealed is not None:
             return [range(self.num_rows)]
         found: list[range] = []
-        for unit in sorted(finished_units(self.url)):
+        for unit in self._manifests:
             rows = unit_rows(unit, self._unit_rows, self.num_rows)
             if found and found[-1].stop == rows.start:
                 rows = range(found.pop().start, rows.stop)
@@ -88,8 +92,8 @@ class FeatureStore:
         """Why a row is missing, by row; of a store without its seal, as far as its units are finished."""
         if self._sealed is not None:
             return {int(row): str(reason) for row, reason in self._sealed["skipped"].items()}
-        manifests = read_manifests(self._storage, manifest_units(self._storage.list("manifest")))
-        return {int(row): str(reason) for content in manifests.values() for row, reason in content["skipped"].items()}
+        skipped = totals_of(self._manifests)["skipped"]
+        return {int(row): str(reason) for row, reason in skipped.items()}
 
     @cached_property
     def _skipped_in(self) -> dict[int, list[int]]:
@@ -141,8 +145,8 @@ class FeatureStore:
         rows = range(self.num_rows) if rows is None else rows
         if rows.step != 1:
             raise StoreError(f"rows {rows} have a step. Give consecutive rows.")
-        asked = range(rows.start // self.chunk_rows, -(-rows.stop // self.chunk_rows))
-        cuts = (chunk * self.chunk_rows for chunk in self.chunks.tolist() if chunk in asked)
+        low, high = np.searchsorted(self.chunks, [rows.start // self.chunk_rows, -(-rows.stop // self.chunk_rows)])
+        cuts = (chunk * self.chunk_rows for chunk in self.chunks[low:high].tolist())
         spans = ((max(cut, rows.start), min(cut + self.chunk_rows, rows.stop)) for cut in cuts)
         with closing(prefetch((self.read_kept(names, *span) for span in spans), depth=1)) as blocks:
             yield from (block for block in blocks if all(len(values) for values in block.values()))

@@ -20,14 +20,18 @@ def finished_units(url: str) -> set[int]:
     Raises:
         StorageError: if storage does not answer.
     """
-    storage = Storage(url)
+    return set(finished_manifests(Storage(url)))
+
+
+def finished_manifests(storage: Storage) -> dict[int, dict[str, Any]]:
+    """Return the manifests of :func:`finished_units`, by unit in order. Errors as there."""
     sizes = storage.sizes()
     if ROOT not in sizes:
-        return set()
+        return {}
     store = checksum(storage.read_bytes(ROOT))
     manifests = read_manifests(storage, manifest_units(sizes))
-    whole = (unit for unit, content in manifests.items() if not missing_chunks(content, sizes))
-    return {unit for unit in whole if manifests[unit].get("store") == store}
+    mine = {unit: content for unit, content in manifests.items() if content.get("store") == store}
+    return {unit: content for unit, content in mine.items() if not missing_chunks(content, sizes)}
 
 
 def seal(url: str, num_units: int) -> None:
@@ -59,14 +63,11 @@ def seal(url: str, num_units: int) -> None:
         if name != ROOT and (name not in sizes or storage.read_bytes(name) != raw):
             storage.write_bytes(name, raw)  # it was damaged meanwhile, and is not to be certified
     totals: dict[str, Any] = {
-        "schema": SCHEMA,
         "kind": "features",
-        "num_rows": own["num_rows"],
         "num_units": num_units,
-        "num_bytes": sum(item["size"] for content in manifests.values() for item in chunk_entries(content)),
+        **totals_of(manifests),
         "files": [entry(name, raw) for name, raw in sorted(metadata.items())],
         "units": [unit_fingerprint(manifests[unit]) for unit in range(num_units)],
-        "skipped": {row: reason for content in manifests.values() for row, reason in content["skipped"].items()},
     }
     storage.write_bytes(SEAL, pack(totals))
 
@@ -96,6 +97,17 @@ def read_manifests(storage: Storage, units: set[int]) -> dict[int, dict[str, Any
 def chunk_entries(content: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a manifest's chunks: key, size, crc32c."""
     return [item for chunks in content["arrays"].values() for item in chunks]
+
+
+def totals_of(manifests: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return what a seal says of all manifests of a store together."""
+    contents = manifests.values()
+    return {
+        "schema": SCHEMA,
+        "num_rows": sum(content["stop"] - content["start"] for content in contents),
+        "num_bytes": sum(item["size"] for content in contents for item in chunk_entries(content)),
+        "skipped": {row: reason for content in contents for row, reason in content["skipped"].items()},
+    }
 
 
 def missing_chunks(content: dict[str, Any], sizes: dict[str, int]) -> list[str]:
