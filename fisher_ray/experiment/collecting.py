@@ -29,20 +29,15 @@ def collect(experiment: Experiment) -> list[dict[str, Any]]:
 
 def _collected(planned: Planned, storage: Storage) -> dict[str, Any]:
     results, run = json.loads(storage.read_bytes("report/results.json")), read_run(storage)
-    stages = {
-        name: {
-            "seconds": record["seconds"],
-        }
-        for name, record in run["stages"].items()
-    }
-    workers, units = set[str](), {name: dict[int, float]() for name in stages}
+    workers, units = set[str](), {name: dict[int, float]() for name in run["stages"]}
     for line in storage.read_bytes(EVENTS_FILE).splitlines():
         event = json.loads(line)
-        if event["event"] == "unit done" and event["stage"] in stages:
+        if event["event"] == "unit done" and event["stage"] in units:
             units[event["stage"]].setdefault(event["unit"], sum(event["seconds"].values()))  # once, though done twice
             workers |= {event["worker"]} if event["stage"] == "features/train" else set()
-    for name, taken in units.items():
-        stages[name]["units"] = [*taken.values()]
+    stages = {
+        name: {"seconds": record["seconds"], "units": [*units[name].values()]} for name, record in run["stages"].items()
+    }
     asked = run["config"]["runtime"]["num_workers"]  # workers that were lost and made anew have other names
     path = run["stages"].get("linear", {}).get("result", {}).get("path") or []
     return {
