@@ -156,10 +156,10 @@ def _of_sample(call: Call, reached: list[bool], sample: list[Tensor], deltas: li
         ]
 
     pull = vjp(outputs, wanted)[1]
-    if type(site.module).__module__.startswith("torch.nn."):
+    if all(type(part).__module__.startswith("torch.nn.") for part in site.module.modules()):
         gradients: dict[str, Tensor] = vmap(lambda *parts: pull(list(parts))[0])(*deltas)
         return gradients
-    # Vectorised twice, some operations of a user's module would be wrong, as the backward of torch.cdist.
+    # Vectorised twice, some operations that a user's module may use are wrong, as the backward of torch.cdist.
     each = [pull(list(parts))[0] for parts in zip(*deltas, strict=True)]
     return {name: torch.stack([found[name] for found in each]) for name in wanted}
 
