@@ -143,7 +143,8 @@ class GramSum:
         for rows, columns in tile_pairs(self.num_columns):
             tile = self.gram[rows, columns]
             product = (centred[:, rows].T @ centred[:, columns]).cpu().numpy()
-            if rows == columns:  # the columns' variances, which scale everything, do not hang on float32 kernels
+            if rows == columns:
+                # The columns' variances, which scale everything, do not hang on float32 kernels; an overflow stays.
                 product, rounded = product.astype(np.float64), product.diagonal()
                 squares = torch.linalg.vector_norm(centred[:, rows], dim=0, dtype=torch.float64).square().cpu().numpy()
                 np.fill_diagonal(product, np.where(np.isfinite(rounded), squares, rounded))
