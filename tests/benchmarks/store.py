@@ -142,6 +142,54 @@ def bucket() -> Iterator[tuple[Any, str]]:
         server.kill()
 
 
+def measure_local(folder: str, values: list[np.ndarray], num_bytes: int, rounds: int) -> None:
+    """Print the rates on a disk."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        plain, store = Path(name, "plain"), Path(name, "store.zarr")
+
+        def clear() -> None:
+            for place in (plain, store):
+                shutil.rmtree(place, ignore_errors=True)
+
+        write = {
+            "plain files, on the disk": lambda: write_plain(plain, values),
+            "store": lambda: write_store(str(store), values),
+        }
+        compare("local write", num_bytes, rounds, write, clear)
+        write_plain(plain, values)
+        size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+        print(f"bytes on the disk: {size / num_bytes:.4f} of the data's")
+        read = {
+            "plain files": lambda: read_plain(plain),
+            "store, as stored": lambda: read_store(str(store), raw=True),
+            "store, as float32": lambda: read_store(str(store), raw=False),
+        }
+        compare("local read", num_bytes, rounds, read)
+
+
+def measure_s3(values: list[np.ndarray], num_bytes: int, rounds: int) -> None:
+    """Print the rates in a bucket."""
+    with bucket() as (files, url):
+        plain, store = f"{url}/plain", f"{url}/store"
+
+        def clear() -> None:
+            for place in (plain, store):
+                if files.exists(place):
+                    files.rm(place, recursive=True)
+
+        write = {
+            "s3fs": lambda: write_objects(files, plain, values),
+            "store": lambda: write_store(store, values, at_once=CONCURRENCY["s3"] // 2),
+        }
+        compare("S3 write", num_bytes, rounds, write, clear)
+        write_objects(files, plain, values)
+        read = {
+            "s3fs": lambda: read_objects(files, plain),
+            "store, as stored": lambda: read_store(store, raw=True, where="s3"),
+        }
+        compare("S3 read", num_bytes, rounds, read)
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description="The feature store's speed beside plain files.")
@@ -154,48 +202,9 @@ def main() -> None:
     chance = np.random.default_rng(0)
     values = [chance.standard_normal((UNIT_ROWS, COLUMNS), np.float32).astype(np.float16) for _ in range(given.units)]
     num_bytes = sum(rows.nbytes for rows in values)
-    with tempfile.TemporaryDirectory(dir=given.folder) as name:
-        plain, store = Path(name, "plain"), Path(name, "store.zarr")
-
-        def clear() -> None:
-            for folder in (plain, store):
-                shutil.rmtree(folder, ignore_errors=True)
-
-        write = {
-            "plain files, on the disk": lambda: write_plain(plain, values),
-            "store": lambda: write_store(str(store), values),
-        }
-        compare("local write", num_bytes, given.rounds, write, clear)
-        write_plain(plain, values)
-        size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-        print(f"bytes on the disk: {size / num_bytes:.4f} of the data's")
-        read = {
-            "plain files": lambda: read_plain(plain),
-            "store, as stored": lambda: read_store(str(store), raw=True),
-            "store, as float32": lambda: read_store(str(store), raw=False),
-        }
-        compare("local read", num_bytes, given.rounds, read)
-    if given.no_s3:
-        return
-    with bucket() as (files, url):
-        plain_s3, store_s3 = f"{url}/plain", f"{url}/store"
-
-        def clear_s3() -> None:
-            for place in (plain_s3, store_s3):
-                if files.exists(place):
-                    files.rm(place, recursive=True)
-
-        write_s3 = {
-            "s3fs": lambda: write_objects(files, plain_s3, values),
-            "store": lambda: write_store(store_s3, values, at_once=CONCURRENCY["s3"] // 2),
-        }
-        compare("S3 write", num_bytes, given.rounds, write_s3, clear_s3)
-        write_objects(files, plain_s3, values)
-        read_s3 = {
-            "s3fs": lambda: read_objects(files, plain_s3),
-            "store, as stored": lambda: read_store(store_s3, raw=True, where="s3"),
-        }
-        compare("S3 read", num_bytes, given.rounds, read_s3)
+    measure_local(given.folder, values, num_bytes, given.rounds)
+    if not given.no_s3:
+        measure_s3(values, num_bytes, given.rounds)
 
 
 if __name__ == "__main__":
