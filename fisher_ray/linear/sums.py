@@ -148,7 +148,7 @@ class GramSum:
             if rows == columns:
                 # The columns' variances, which scale everything, do not hang on float32 kernels; an overflow stays.
                 product, rounded = product.astype(np.float64), product.diagonal()
-                parts = [part.square().sum(0) for part in centred[:, rows].split(SQUARE_ROWS)]
+                parts = [part.square().sum(0) for part in torch.split(centred[:, rows], SQUARE_ROWS)]
                 squares = torch.stack(parts).double().sum(0).cpu().numpy()
                 np.fill_diagonal(product, np.where(np.isfinite(rounded), squares, rounded))
             np.add(tile, product, out=tile)
