@@ -80,6 +80,7 @@ def run(
     refuse_foreign(storage)
     with Claim(config.output, progress.note) as claim:
         journal = Journal.open(storage, _journal_facts(config, facts), fresh=fresh, late=LATE, check=claim.check)
+        storage.remove_partials()  # of workers that ended with an earlier driver
         sizes = {name: journal.decide(name, getattr(facts, name)) for name in ("micro_batch", "micro_batch_gpu")}
         facts = replace(facts, **sizes)
 
@@ -88,7 +89,9 @@ def run(
             journal.event("note", text=text)
 
         with closing(session), closing(Crew(session, config, facts, note, journal.decide)) as crew:
-            return _Run(config, facts, journal, session, crew, claim, progress, note).run(until or "report")
+            results = _Run(config, facts, journal, session, crew, claim, progress, note).run(until or "report")
+        storage.remove_partials()  # of workers that this run has lost
+    return results
 
 
 def plan(config: Config) -> dict[str, Any]:

@@ -73,7 +73,11 @@ def test_a_streamed_fit_leaves_its_weights_alone(undisturbed):
 
 @pytest.mark.slow
 def test_a_worker_killed_in_the_fit_changes_no_byte(undisturbed, tmp_path):
-    heard = Acting(tmp_path / "run", lambda: os.kill(train_workers()[0], signal.SIGKILL))
+    def kill():
+        (tmp_path / "run/linear/.checkpoint.safetensors.0123.partial").write_bytes(b"half")  # of a worker in a write
+        os.kill(train_workers()[0], signal.SIGKILL)
+
+    heard = Acting(tmp_path / "run", kill)
     results = pipeline.run(streamed(tmp_path / "run"), progress=heard)
     assert heard.acted
     assert any("an attempt at the logistic fit ended: Actor" in note for note in heard.notes)
@@ -88,6 +92,7 @@ def test_an_interrupted_fit_resumes_from_its_checkpoint_to_the_same_bytes(undist
         pipeline.run(streamed(tmp_path / "run"), progress=heard)
     wait_for(lambda: not train_workers(), 60, "the workers' end")
     assert (tmp_path / "run" / FILE).exists()
+    (tmp_path / "run/linear/.checkpoint.safetensors.0123.partial").write_bytes(b"half")  # as of one killed in a write
     again = Listening()
     pipeline.run(streamed(tmp_path / "run"), progress=again)
     assert again.stages[0] == "linear"
