@@ -1,6 +1,8 @@
 import io
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,19 +10,22 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import ray
 import typer
 from rich.console import Console
 
 from fisher_ray import __version__
 from fisher_ray.cli import job, main
+from fisher_ray.cli.commands import EXAMPLES
 from fisher_ray.cli.exits import error_exits
+from fisher_ray.config import Config
 from fisher_ray.errors import ConfigError, DataError, FisherRayError, StoppedError
 from fisher_ray.progress import show_progress
 from fisher_ray.records import Receipt, Unit
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = str(ROOT / "jobs" / "configs" / "cifar10.yaml")
-COMMANDS = ["run", "fit-metric", "write-features", "train", "evaluate", "plan", "verify", "inspect", "demo"]
+COMMANDS = ["run", "fit-metric", "write-features", "train", "evaluate", "plan", "verify", "inspect", "demo", "init"]
 JOBS = {
     "run.py": "run",
     "fit_metric.py": "fit-metric",
@@ -56,6 +61,58 @@ def test_every_running_command_takes_the_same_options(command, capsys):
     words = capsys.readouterr().out.split()
     options = ["--output", "--set", "--address", "--fresh", "--debug", "--quiet"]
     assert [option for option in options if option not in words] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_on_a_line_of_its_own(command, capsys):
+    assert exit_code([command, "--help"]) == 0
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [example for example in EXAMPLES[command] if f"Example: {example}" not in shown] == []
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_help_work_one_after_the_other(ray_session, tmp_path):
+    assert set(EXAMPLES) == set(COMMANDS)
+    shutil.copy(ROOT / "jobs/configs/digits.yaml", tmp_path)
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # else each would start one, for seconds
+    environment = os.environ | cluster | {"PYTHONPATH": str(ROOT)}
+    for line in (line for name, lines in EXAMPLES.items() if name != "demo" for line in lines):  # which others try
+        program, *arguments = line.split()
+        assert program == "fisher-ray"
+        command = [sys.executable, "-m", "fisher_ray", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120, check=False
+        )
+        assert done.returncode == 0, (line, done.stderr)
+    assert (tmp_path / "runs/digits/report/report.html").exists()
+
+
+def test_init_writes_a_configuration_and_its_schema_and_overwrites_none(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    assert exit_code(["init", str(path)]) == 0
+    assert f"fisher-ray plan {path}" in capsys.readouterr().out.replace("\n", " ")
+    assert Config.from_yaml(path).output == "runs/first"
+    schema = path.read_text().split("$schema=")[1].split()[0]
+    assert "metric" in json.loads((tmp_path / schema).read_text())["properties"]
+    assert exit_code(["init", str(path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert exit_code(["init", str(tmp_path / "nowhere" / "mine.yaml")]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_completion_can_be_had_for_the_shell():
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "_FISHER_RAY_COMPLETE": "complete_bash"}
+    words = {"COMP_WORDS": "fisher-ray pl", "COMP_CWORD": "1"}
+    program = "from fisher_ray.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment | words,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["plan"]
 
 
 def test_help_takes_under_half_a_second():

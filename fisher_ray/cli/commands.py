@@ -14,7 +14,7 @@ import typer
 
 from fisher_ray import __version__
 from fisher_ray.cli.exits import error_exits
-from fisher_ray.errors import StoreError
+from fisher_ray.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +53,20 @@ _STAGES: dict[str, tuple[Until, str]] = {
     "evaluate": ("report", "Run up to the report, and print the comparison."),
 }
 
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "init": ("fisher-ray init first.yaml",),
+    "plan": ("fisher-ray plan digits.yaml --set metric.rank=128",),
+    "fit-metric": ("fisher-ray fit-metric digits.yaml --output runs/other",),
+    "write-features": ("fisher-ray write-features digits.yaml --set runtime.num_workers=2",),
+    "train": ("fisher-ray train digits.yaml --set linear.model=logistic --quiet",),
+    "evaluate": ("fisher-ray evaluate digits.yaml --set linear.model=logistic",),
+    "run": ("fisher-ray run digits.yaml --fresh --set trained_on=null",),
+    "verify": ("fisher-ray verify runs/digits", "fisher-ray verify --repair runs/digits"),
+    "inspect": ("fisher-ray inspect runs/digits/features/train.zarr",),
+    "demo": ("fisher-ray demo --output runs/demo",),
+}
+"""Told by each command's help, in an order in which they can be tried."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``fisher-ray`` on ``arguments`` (by default the process's) and exit."""
@@ -77,16 +91,19 @@ def _app() -> typer.Typer:
         help="Fisher feature maps of PyTorch networks, as a Ray batch job, and shallow models on them.",
         epilog="Exit codes: 0 done; 2 request wrong; 3 data wrong; 4 stopped, run again to resume; 1 other.",
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
     for name, (until, text) in _STAGES.items():
-        app.command(name, help=text)(_stage_command(until, ConfigArgument))
-    for command in (plan, verify, inspect, demo):
-        app.command()(command)
+        app.command(name, help=text, epilog=_examples(name))(_stage_command(until, ConfigArgument))
+    for command in (init, plan, verify, inspect, demo):
+        app.command(epilog=_examples(command.__name__))(command)
     return app
+
+
+def _examples(name: str) -> str:
+    return "\n\n".join(f"Example: {line}" for line in EXAMPLES[name])
 
 
 def _print_version(wanted: bool) -> None:
@@ -134,6 +151,30 @@ def demo(
     """
     with error_exits(debug), as_file(files("fisher_ray") / "demo.yaml") as path:
         _run(_read(path, overrides, output), None, address, fresh, debug, quiet)
+
+
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")] = Path("fisher_ray.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Write a commented configuration to begin with.
+
+    It has every key, what it means and its default. The JSON Schema beside it lets
+    editors complete and check the keys.
+    """
+    with error_exits(debug):
+        from fisher_ray import config
+
+        schema_path = path.with_name("fisher_ray.schema.json")
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(config.template(schema_path.name))
+            schema_path.write_text(json.dumps(config.schema(), indent=1) + "\n", encoding="utf-8")
+        except FileExistsError:
+            raise RequestError(f"{path} is there already. Remove it, or give another name.") from None
+        except OSError as error:
+            raise RequestError(f"cannot write {error.filename}: {error.strerror}. Give a place that can be.") from None
+        typer.echo(f"{path} written, {schema_path} beside it. Change what it has to say, then: fisher-ray plan {path}")
 
 
 def plan(config: ConfigArgument, output: Output = None, overrides: Overrides = None, debug: Debug = False) -> None:

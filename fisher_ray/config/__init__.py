@@ -19,6 +19,7 @@ from fisher_ray.config.sections import (
     StoreConfig,
     TrainedOnConfig,
 )
+from fisher_ray.config.template import schema, template
 
 __all__ = [
     "TRAINING_KEYS",
@@ -40,4 +41,6 @@ __all__ = [
     "StoreConfig",
     "TrainedOnConfig",
     "read_yaml",
+    "schema",
+    "template",
 ]

@@ -34,10 +34,15 @@ class GradNetConfig(Section):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; biases begin at zero."""
     steps: PositiveInt = 5000
+    """Batches that it is trained on."""
     batch_size: PositiveInt = 25
+    """Samples of a batch."""
     lr: PositiveFloat = 0.01
+    """Learning rate, constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of SGD."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.04
     """Share of the shallow split's rows that are not trained on: the weights that do best on them are kept. 0 keeps the
     last ones."""

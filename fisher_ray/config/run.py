@@ -34,7 +34,9 @@ class Config(Section):
     """One run, whole. Read it from YAML with ``Config.from_yaml``."""
 
     output: str
+    """Run folder: a local path or ``s3://bucket/prefix``."""
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    """Of everything that is drawn."""
     data: DataConfig
     model: ModelConfig
     base: BaseConfig | None = None
@@ -44,7 +46,7 @@ class Config(Section):
     store: StoreConfig = StoreConfig()
     linear: LinearConfig = LinearConfig()
     gradnet: GradNetConfig | None = None
-    """``null`` leaves it out, unless ``linear.model`` is ``gradnet``."""
+    """``null`` leaves it out, unless ``linear.model`` is ``gradnet``; ``{}`` has its defaults."""
     trained_on: TrainedOnConfig | None = TrainedOnConfig()
     """``null`` leaves it out of the comparison."""
     runtime: RuntimeConfig = RuntimeConfig()

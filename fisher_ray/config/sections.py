@@ -18,23 +18,26 @@ def _word(value: Any) -> Any:
 
 
 Kind = Literal["kronecker", "random", "sketch", "topk", "identity"]
-Labels = Annotated[Literal["all", "true", "sampled", "uniform"], BeforeValidator(_word)]
+Labels = Annotated[
+    Literal["all", "true", "sampled", "uniform"],
+    BeforeValidator(_word, json_schema_input_type=Literal["all", "true", "sampled", "uniform", True]),
+]
 
 
 class SourceConfig(Section):
     """Where one split's rows come from."""
 
     format: Literal["parquet", "numpy", "zarr", "torch"] = "parquet"
+    """``parquet``: columns ``image`` (encoded) and ``label``; ``numpy``, ``zarr``: arrays; ``torch``: a dataset."""
     path: str | None = None
-    """File, glob (files in sorted order) or URL, joined to ``data.root``.
-
-    An ``.npz`` or Zarr group has ``inputs`` and ``labels``.
-    """
+    """File, glob (files in sorted order) or URL, joined to ``data.root``; an ``.npz`` or Zarr group has ``inputs`` and
+    ``labels``."""
     rows: tuple[int, int] | None = None
-    """Half-open range of rows over the files in order."""
+    """``[start, stop)`` over the files in order; null: all."""
     factory: str | None = None
     """``module:function`` returning a map-style dataset of ``(input, label)``, for ``format: torch``."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``factory``."""
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
@@ -50,30 +53,44 @@ class DataConfig(Section):
     """The three splits, and how a row becomes a tensor."""
 
     root: str = "."
+    """Folder or URL that the paths are joined to."""
     on_error: Literal["stop", "skip"] = "stop"
+    """What becomes of the run at a row that cannot be used: it stops, or leaves the row out and lists it."""
     train: SourceConfig | None = None
+    """Rows that train the base network; left out with a checkpoint."""
     shallow: SourceConfig
+    """Rows that metric, features and linear model are made from."""
     test: SourceConfig
+    """Rows that every model is compared on."""
     transform: str | None = None
-    """``module:function`` called as ``transform(image, generator)``."""
+    """``module:function`` called as ``transform(image, generator)`` with a PIL image, or an array from array sources;
+    the generator is null but where a network is trained. It returns a float tensor."""
 
 
 class ModelConfig(Section):
     """The network: ``factory(**kwargs)`` and, optionally, its state dict."""
 
     factory: str
+    """``module:function`` that returns the network, an ``nn.Module`` from inputs to logits."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``factory``."""
     checkpoint: str | None = None
+    """State dict of the network, a safetensors file or one of ``torch.save``; then leave ``base`` out."""
 
 
 class BaseConfig(Section):
     """Brief training of the base network, by SGD."""
 
     steps: PositiveInt
+    """Batches that it is trained on: stop early."""
     batch_size: PositiveInt = 64
+    """Samples of a batch."""
     lr: PositiveFloat = 0.05
+    """Learning rate, constant."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Of SGD."""
     snapshots: tuple[PositiveInt, ...] = ()
     """Steps after which the weights are also kept, as ``base/step-N.safetensors``."""
 
@@ -88,7 +105,9 @@ class ConvergenceConfig(Section):
     evaluate_steps: PositiveInt = 500
     """Steps between two looks."""
     patience: PositiveInt = 4
+    """Looks without a gain before the learning rate falls."""
     max_steps: PositiveInt = 50_000
+    """Steps after which it is over in any case."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the shallow split's rows that are not trained on; the first 4,096 of them are looked at."""
 
@@ -100,9 +119,13 @@ class TrainedOnConfig(Section):
     """
 
     batch_size: PositiveInt | None = None
+    """Samples of a batch."""
     lr: PositiveFloat | None = None
+    """Learning rate at the start."""
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Of SGD."""
     seconds: Literal["auto"] | PositiveFloat = "auto"
     """``auto``: what metric, features of the training rows and linear model took."""
     convergence: ConvergenceConfig | None = None
@@ -113,7 +136,10 @@ class ScoresConfig(Section):
     """Which labels' scores, of which parameters (glob)."""
 
     labels: Labels = "all"
+    """Of which labels: ``all`` classes, the ``true`` one, one ``sampled`` from the network's own distribution, or one
+    drawn from the ``uniform`` one."""
     parameters: str = "*"
+    """Glob over the names of the network's parameters; frozen ones are left out in any case."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the network's forward and backward; weights, factors and all that is made of them are float32 in any case."""
 
@@ -145,6 +171,7 @@ class CompressionConfig(Section):
     """
 
     kind: Kind = "kronecker"
+    """Of the layers that ``layers`` says nothing else of."""
     dim: PositiveInt = 1024
     """D, spread over the layers by eigenvalue (``kronecker``) or by size; ``identity`` needs none."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -162,6 +189,7 @@ class AbsoluteDamping(Section):
     """Damping in the eigenvalues' own unit."""
 
     absolute: Annotated[float, Field(ge=0, strict=True)]
+    """What is added to every eigenvalue."""
 
 
 class MetricConfig(Section):
@@ -173,6 +201,7 @@ class MetricConfig(Section):
     structure: Literal["global", "block", "adjacent"] = "global"
     """Which layers' products count: of all, of each by itself, or of each with its neighbours."""
     rank: PositiveInt = 1024
+    """R, the eigenvectors that are kept: features of each score."""
     size: PositiveInt | None = None
     """Of the sketch of ``nystrom`` or ``frequent_directions``; twice the rank if left out."""
     damping: Literal["auto"] | Annotated[float, Field(ge=0, strict=True)] | AbsoluteDamping = "auto"
@@ -186,6 +215,7 @@ class MetricConfig(Section):
     centered: bool = False
     """Whether the mean score's outer product is subtracted; over all classes that mean is zero."""
     fraction: Fraction = 0.1
+    """Share of the shallow split's units that the metric is made from."""
 
     @model_validator(mode="after")
     def _check(self) -> MetricConfig:
@@ -223,7 +253,9 @@ class StoreConfig(Section):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """float16 is scaled to fit; bfloat16 has its range of itself, and an eighth of the precision."""
     chunk_rows: PositiveInt = 1024
+    """Rows of a chunk; ``runtime.unit_rows`` is a multiple of it."""
     codec: Literal["none", "zstd", "blosc"] = "none"
+    """Compression of the chunks; features compress by a tenth or so."""
     shard_rows: PositiveInt | None = None
     """Rows of one file, where it is to hold several chunks (a Zarr shard): fewer and larger objects."""
 
@@ -232,8 +264,9 @@ class LinearConfig(Section):
     """The shallow model."""
 
     model: Literal["ridge", "logistic", "gradnet"] = "ridge"
-    """``gradnet``: GradNet alone, without metric, features and linear model; beside another model it is run where the
-    section ``gradnet`` is given."""
+    """``ridge``: least squares in closed form; ``logistic``: multinomial logistic regression; ``gradnet``: GradNet
+    alone, without metric, features and linear model; beside another model it is run where the section ``gradnet`` is
+    given."""
     views: Literal[1, 2] = 1
     """2: an image and its mirror image."""
     view_mode: Literal["average", "stack"] = "average"
@@ -290,9 +323,13 @@ class RuntimeConfig(Section):
     """Workers and units."""
 
     num_workers: Literal["auto"] | PositiveInt = "auto"
+    """``auto``: as many as the cluster has room for."""
     cpus_per_worker: PositiveInt = 1
+    """Cores of each worker, and its threads."""
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Of each worker, fractions too; ``auto``: one where the cluster has any."""
     unit_rows: PositiveInt = 2048
+    """Rows that a worker is given at a time: what runs again when it is lost."""
     micro_batch: Literal["auto"] | PositiveInt = "auto"
     """Samples whose scores are computed together; ``auto``: what ``memory_bytes`` allow, up to 64, on GPUs 1,024."""
     memory_bytes: PositiveInt = 2**31
