@@ -61,8 +61,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if (self.base is None) == (self.model.checkpoint is None):
-            raise ValueError("give either 'base' (train the network here) or 'model.checkpoint' (load it), not both")
+        if (self.base is not None) + (self.model.checkpoint is not None) + self.model.pretrained != 1:
+            raise ValueError(
+                "give 'base' (train the network here), 'model.checkpoint' (load it) or 'model.pretrained' (the factory "
+                "returns a trained one), and only one of them"
+            )
         if self.base is not None and self.data.train is None:
             raise ValueError("'base' needs 'data.train'")
         rows, chunk, shard = self.runtime.unit_rows, self.store.chunk_rows, self.store.shard_rows

@@ -27,13 +27,22 @@ Labels = Annotated[
 class SourceConfig(Section):
     """Where one split's rows come from."""
 
-    format: Literal["parquet", "numpy", "zarr", "torch"] = "parquet"
-    """``parquet``: columns ``image`` (encoded) and ``label``; ``numpy``, ``zarr``: arrays; ``torch``: a dataset."""
+    format: Literal["parquet", "arrow", "images", "webdataset", "numpy", "zarr", "torch"] = "parquet"
+    """``parquet``, ``arrow`` (a dataset saved by Hugging Face's ``datasets``, or Arrow files): a column of encoded
+    pictures and one of labels; ``images``: a folder with a folder of pictures for each class; ``webdataset``: tar files
+    of ``NAME.jpg`` and ``NAME.cls``; ``numpy``, ``zarr``: arrays; ``torch``: a map-style dataset."""
     path: str | None = None
     """File, glob (files in sorted order) or URL, joined to ``data.root``; an ``.npz`` or Zarr group has ``inputs`` and
     ``labels``."""
     rows: tuple[int, int] | None = None
-    """``[start, stop)`` over the files in order; null: all."""
+    """``[start, stop)`` over the files in order (of ``images``: in an order of their own, which mixes the classes);
+    null: all."""
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Of ``images``: the classes' folders, in the order of the labels; null: all, sorted by name."""
+    image_column: str = "image"
+    """Of formats that have columns: encoded pictures, as binary or as a struct with ``bytes``."""
+    label_column: str = "label"
+    """Likewise: integers from 0."""
     factory: str | None = None
     """``module:function`` returning a map-style dataset of ``(input, label)``, for ``format: torch``."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -44,6 +53,8 @@ class SourceConfig(Section):
         wanted, other = ("factory", "path") if self.format == "torch" else ("path", "factory")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
             raise ValueError(f"format {self.format!r} takes {wanted!r} and not {other!r}")
+        if self.classes is not None and (self.format != "images" or len(set(self.classes)) < len(self.classes)):
+            raise ValueError("classes names each class of format 'images' once")
         if self.rows is not None and not 0 <= self.rows[0] < self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} is not a range [start, stop) with 0 <= start < stop")
         return self
@@ -71,11 +82,14 @@ class ModelConfig(Section):
     """The network: ``factory(**kwargs)`` and, optionally, its state dict."""
 
     factory: str
-    """``module:function`` that returns the network, an ``nn.Module`` from inputs to logits."""
+    """``module:function`` or ``module:Class.method`` that returns the network, an ``nn.Module`` from inputs to logits, or
+    to an object that has ``logits``."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``factory``."""
     checkpoint: str | None = None
     """State dict of the network, a safetensors file or one of ``torch.save``; then leave ``base`` out."""
+    pretrained: bool = False
+    """Whether the network that ``factory`` returns is trained already; then leave ``base`` and ``checkpoint`` out."""
 
 
 class BaseConfig(Section):

@@ -8,10 +8,14 @@ from typing import Any
 
 from fisher_ray.config import SourceConfig
 from fisher_ray.data.arrays import ArraySource, load_numpy
+from fisher_ray.data.arrow import ArrowSource, saved_files
+from fisher_ray.data.folders import FolderSource
 from fisher_ray.data.map_style import MapStyleSource
 from fisher_ray.data.parquet import ParquetSource
+from fisher_ray.data.pictures import Columns
 from fisher_ray.data.ranges import find_objects, is_url
 from fisher_ray.data.source import Source, Transform
+from fisher_ray.data.tars import TarSource
 from fisher_ray.errors import ConfigError, FisherRayError
 from fisher_ray.plugins import load_reference
 
@@ -34,18 +38,26 @@ def open_source(config: SourceConfig, *, root: str, transform: str | None, key: 
     if config.format == "torch":
         name = str(config.factory)
         return MapStyleSource(name, _make(name, config.kwargs, key), config.rows, key, function)
-    path = str(config.path)
+    path, columns = str(config.path), Columns(config.image_column, config.label_column)
+    place = _join(root, path)
     if config.format == "parquet":
-        return ParquetSource(_find(root, path, key), config.rows, key, function)
-    if config.format == "numpy":
-        place = _join(root, path)
-        if is_url(place):
-            raise ConfigError(
-                f"{key}.path: {place} is a URL; format numpy reads local files. Mount or copy it on every node, or use "
-                "format zarr."
-            )
-        return ArraySource(place, load_numpy(place, key), config.rows, key, function)
-    return _open_zarr(_join(root, path), config, key, function)
+        return ParquetSource(_find(root, path, key), columns, config.rows, key, function)
+    if config.format == "images":
+        return FolderSource(place, config.classes, config.rows, key, function)
+    if config.format == "zarr":
+        return _open_zarr(place, config, key, function)
+    if is_url(place):
+        instead = {"numpy": "zarr"}.get(config.format, "parquet")
+        raise ConfigError(
+            f"{key}.path: {place} is a URL; format {config.format} reads local files. Mount or copy it on every node, "
+            f"or use format {instead}."
+        )
+    if config.format == "arrow":
+        paths = saved_files(place, key) if os.path.isdir(place) else _find(root, path, key)
+        return ArrowSource(paths, columns, config.rows, key, function)
+    if config.format == "webdataset":
+        return TarSource(_find(root, path, key, ".tar"), config.rows, key, function)
+    return ArraySource(place, load_numpy(place, key), config.rows, key, function)
 
 
 def _open_zarr(url: str, config: SourceConfig, key: str, transform: Transform | None) -> Source:
@@ -80,7 +92,7 @@ def _join(root: str, path: str) -> str:
     return path if is_url(path) else os.path.join(root, path)
 
 
-def _find(root: str, path: str, key: str) -> list[str]:
+def _find(root: str, path: str, key: str, suffix: str = ".parquet") -> list[str]:
     """Return the files that ``path``, a file or a pattern, names under ``root``, sorted."""
     place = _join(root, path)
     if is_url(place):
@@ -88,7 +100,7 @@ def _find(root: str, path: str, key: str) -> list[str]:
             raise ConfigError(f"{key}.path: no object matches {place}. Correct the path or pattern, or data.root.")
         return found
     if os.path.isdir(place):
-        raise ConfigError(f"{key}.path: {place} is a folder. Give a file or a pattern, such as {place}/*.parquet.")
+        raise ConfigError(f"{key}.path: {place} is a folder. Give a file or a pattern, such as {place}/*{suffix}.")
     if os.path.exists(place):  # before patterns: a name may contain their characters
         return [place]
     found = sorted(glob.glob(os.path.join(glob.escape(root), path), recursive=True))

@@ -22,6 +22,7 @@ class Source(ABC):
 
     Attributes:
         key: the configuration's name of the split, such as ``data.shallow``.
+        classes: the labels' names, where the source has them.
         transform: what makes a tensor of a decoded input, or None for the format's own way.
         turn: held while a batch is read and decoded, since users' data sets and transforms need not be thread-safe.
     """
@@ -29,6 +30,7 @@ class Source(ABC):
     def __init__(self, key: str, transform: Transform | None) -> None:
         """Remember what all sources share."""
         self.key, self.transform, self.turn = key, transform, threading.Lock()
+        self.classes: tuple[str, ...] | None = None
 
     @abstractmethod
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from fisher_ray.gradients.largest import LargestEntries, PercentileEntries, num_
 from fisher_ray.gradients.likelihood import Bernoulli, Custom, Gaussian, Likelihood, NextToken, Softmax, likelihood_of
 from fisher_ray.gradients.memory import is_out_of_memory, peak_bytes
 from fisher_ray.gradients.norms import square_norms
+from fisher_ray.gradients.outputs import main_output
 from fisher_ray.gradients.precision import precision_of
 from fisher_ray.gradients.scores import ScoreEngine, class_scores, per_sample_gradients
 from fisher_ray.gradients.sketch import GradientSketch
@@ -36,6 +37,7 @@ __all__ = [
     "is_out_of_memory",
     "keyed_uniform",
     "likelihood_of",
+    "main_output",
     "num_above",
     "peak_bytes",
     "per_sample_gradients",

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from fisher_ray.config import BaseConfig, Config, ConvergenceConfig, TrainedOnConfig
 from fisher_ray.data import load_batches, training_batches
 from fisher_ray.errors import DataError, ModelError
+from fisher_ray.gradients import main_output
 from fisher_ray.records import Batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, network_bytes
 from fisher_ray.stages.shallow import held_out
@@ -38,12 +39,15 @@ def train_base(bench: Workbench) -> Iterator[dict[str, Any]]:
         ``done``, ``total`` and ``text``, every :data:`LOSS_EVERY` steps; at the end ``fingerprint``.
 
     Raises:
-        ModelError: if the loss is not finite.
+        ModelError: if the loss or a pretrained network is not finite.
     """
     config = bench.config
     model = build_network(config.model, config.seed)
     if config.base is None:
-        load_checkpoint(model, str(config.model.checkpoint))
+        if config.model.checkpoint is not None:
+            load_checkpoint(model, config.model.checkpoint)
+        elif broken := _not_finite(model):
+            raise ModelError(f"model.pretrained: the network's {broken[0]} holds NaN or infinity. Give a sound one.")
         yield _keep_base(bench, model)
         return
     model = model.to(bench.device)
@@ -183,9 +187,9 @@ def _share(bench: Workbench, model: nn.Module, batches: list[Batch]) -> float:
 
 
 def _predicted(bench: Workbench, model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(batch.inputs)
+    logits = main_output(model(batch.inputs))
     if bench.config.linear.views == 2:
-        logits = (logits + model(batch.inputs.flip(-1))) / 2
+        logits = (logits + main_output(model(batch.inputs.flip(-1)))) / 2
     return logits.argmax(1)
 
 
@@ -269,7 +273,8 @@ def _sgd(model: nn.Module, settings: BaseConfig) -> torch.optim.SGD:
 def _step(model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch, device: torch.device) -> Tensor:
     model.train()
     optimiser.zero_grad()
-    loss = nn.functional.cross_entropy(model(batch.inputs.to(device)), batch.labels.to(device))
+    logits = main_output(model(batch.inputs.to(device)))
+    loss = nn.functional.cross_entropy(logits, batch.labels.to(device))
     loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     return loss.detach()

@@ -183,6 +183,19 @@ def _open(config: Config, split: str) -> Source:
     return open_source(section, root=config.data.root, transform=config.data.transform, key=f"data.{split}")
 
 
+def _refuse_other_classes(sources: dict[str, Source]) -> None:
+    named = {source.key: source.classes for source in sources.values() if source.classes is not None}
+    for key, classes in named.items():
+        for other, others in named.items():
+            if classes != others:
+                odd = sorted({*classes} ^ {*others}) or [*classes]
+                raise ConfigError(
+                    f"{key} has {len(classes)} classes and {other} has {len(others)}, of other names or another order "
+                    f"({', '.join(map(repr, odd[:3]))}), so that their labels would differ. Correct the paths, or, of "
+                    "images, list all classes under 'classes' of each split."
+                )
+
+
 def inspect_request(config: Config) -> Facts:
     """Look at the model and the data before any work.
 
@@ -195,9 +208,11 @@ def inspect_request(config: Config) -> Facts:
     if config.base is None:
         splits = [split for split in splits if split != "train"]
     sources = {split: _open(config, split) for split in splits}
+    _refuse_other_classes(sources)
     model, fingerprints = build_network(config.model, config.seed), {}
     if config.model.checkpoint is not None:
         load_checkpoint(model, config.model.checkpoint)
+    if config.base is None:
         fingerprints["checkpoint"] = hashlib.sha256(network_bytes(model)).hexdigest()
     engine = score_engine(config, model)
     shapes = {split: check_source(source, None, on_error=config.data.on_error) for split, source in sources.items()}

@@ -182,7 +182,7 @@ def test_pictures_beyond_the_memory_for_decoded_ones_are_the_same(tmp_path, monk
     write_numbered(tmp_path)
     source = open_parquet(tmp_path, transform=NOISE)
     expected = take(training_batches(source, batch_size=17, seed=0), 3)
-    monkeypatch.setattr("fisher_ray.data.parquet.DECODED_BYTES", 4 * 8 * 8 * 5)
+    monkeypatch.setattr("fisher_ray.data.pictures.DECODED_BYTES", 4 * 8 * 8 * 5)
     for a, b in zip(expected, take(training_batches(source, batch_size=17, seed=0), 3), strict=True):
         torch.testing.assert_close(a.inputs, b.inputs, rtol=0, atol=0)
 
