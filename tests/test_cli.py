@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ from fisher_ray.cli.commands import EXAMPLES
 from fisher_ray.cli.exits import error_exits
 from fisher_ray.config import Config
 from fisher_ray.errors import ConfigError, DataError, FisherRayError, StoppedError
-from fisher_ray.progress import show_progress
+from fisher_ray.progress import JsonProgress, duration, show_progress
 from fisher_ray.records import Receipt, Unit
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_every_running_command_takes_the_same_options(command, capsys):
     assert exit_code([command, "--help"]) == 0
 
     words = capsys.readouterr().out.split()
-    options = ["--output", "--set", "--address", "--fresh", "--debug", "--quiet"]
+    options = ["--output", "--set", "--address", "--fresh", "--debug", "--quiet", "--json"]
     assert [option for option in options if option not in words] == []
 
 
@@ -84,6 +85,10 @@ def test_the_examples_of_the_help_work_one_after_the_other(ray_session, tmp_path
             command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120, check=False
         )
         assert done.returncode == 0, (line, done.stderr)
+        if "--json" in arguments:
+            *events, last = map(json.loads, done.stdout.splitlines())
+            assert {event["event"] for event in events} >= {"stage started", "stage done", "note"}
+            assert (last["event"], last["results"]["num_test"]) == ("done", 597)
     assert (tmp_path / "runs/digits/report/report.html").exists()
 
 
@@ -274,6 +279,53 @@ def test_progress_outside_a_terminal_is_plain_lines():
     assert lines[:2] == ["metric: started, 2 units", "unit 0 runs again: [worker] lost"]
     assert lines[2].startswith("metric: 2/2 units, 128 rows, ")  # the first unit was within the interval
     assert lines[3:] == ["metric: done in 1.2 s", "linear: started", "linear: done in 2.0 s"]
+
+
+def receipt(index: int, num_bytes: int = 0, attempt: int = 1) -> Receipt:
+    return Receipt(Unit(index, 64 * index, 64 * index + 64), attempt, {}, num_bytes, f"worker {index % 2}")
+
+
+def test_a_stage_says_how_far_it_is_in_words(monkeypatch):
+    monkeypatch.setattr("fisher_ray.progress.LINE_INTERVAL_S", 0.0)
+    stream = io.StringIO()
+    with show_progress(Console(file=stream, force_terminal=False)) as progress:
+        progress.stage_started("features", 3)
+        for index in range(3):
+            progress.unit_done("features", receipt(index, 10**6, attempt=1 + (index == 1)))
+    first, second, last = stream.getvalue().splitlines()[1:]
+    words = r"{}/3 units, {} rows, [\d,]+ rows/s, [\d.]+ \wB/s"
+    assert re.fullmatch(f"features: {words.format(1, 64)}, 0 s left", first)
+    assert re.fullmatch(f"features: {words.format(2, 128)}, 0 s left, 2 workers, 1 retried", second)
+    assert re.fullmatch(f"features: {words.format(3, 192)}, 2 workers, 1 retried", last)
+
+
+def test_json_lines_tell_the_same_in_plain_values():
+    stream = io.StringIO()
+    progress = JsonProgress(stream, clock=lambda: 5.0)
+    progress.stage_started("features", 2)
+    progress.note("unit 0 runs again: [worker] lost")
+    progress.unit_done("features", receipt(0, 100))
+    progress.unit_done("features", receipt(1, 100, attempt=2))
+    progress.stage_done("features", 1.25)
+    progress.stage_started("base", None)
+    progress.advanced("base", 10, 10, "steps, loss 1.2")
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in told] == [
+        *("stage started", "note", "units done", "stage done", "stage started", "advanced")
+    ]
+    assert {line["time"] for line in told} == {5.0}
+    assert told[2].pop("rows_per_second") > 0 < told[2].pop("bytes_per_second")
+    counts = {"units": 2, "total": 2, "rows": 128, "bytes": 200, "seconds_left": 0.0, "workers": 2, "retries": 1}
+    assert told[2] == {"event": "units done", "time": 5.0, "stage": "features", **counts}
+    words = {"stage": "base", "done": 10, "total": 10, "text": "steps, loss 1.2"}
+    assert told[5] == {"event": "advanced", "time": 5.0, **words}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")]
+)
+def test_a_time_is_told_in_the_unit_that_it_is_spoken_of_in(seconds, words):
+    assert duration(seconds) == words
 
 
 def test_progress_in_a_terminal_is_a_live_view():

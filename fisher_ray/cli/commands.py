@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib.resources import as_file, files
@@ -41,6 +42,7 @@ Address = Annotated[str | None, typer.Option("--address", help="Ray cluster; by 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew in the same folder instead of resuming.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Progress and results as JSON lines on standard output.")]
 
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """In the path of the copies that Ray makes of a submitted job's working directory."""
@@ -59,7 +61,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "fit-metric": ("fisher-ray fit-metric digits.yaml --output runs/other",),
     "write-features": ("fisher-ray write-features digits.yaml --set runtime.num_workers=2",),
     "train": ("fisher-ray train digits.yaml --set linear.model=logistic --quiet",),
-    "evaluate": ("fisher-ray evaluate digits.yaml --set linear.model=logistic",),
+    "evaluate": ("fisher-ray evaluate digits.yaml --set linear.model=logistic --json",),
     "run": ("fisher-ray run digits.yaml --fresh --set trained_on=null",),
     "verify": ("fisher-ray verify runs/digits", "fisher-ray verify --repair runs/digits"),
     "inspect": ("fisher-ray inspect runs/digits/features/train.zarr",),
@@ -129,9 +131,10 @@ def _stage_command(until: Until, config_type: Any) -> Callable[..., None]:
         fresh: Fresh = False,
         debug: Debug = False,
         quiet: Quiet = False,
+        as_json: Json = False,
     ) -> None:
         with error_exits(debug):
-            _run(_read(config, overrides, output), until, address, fresh, debug, quiet)
+            _run(_read(config, overrides, output), until, address, fresh, debug, quiet, as_json)
 
     command.__annotations__ = {**command.__annotations__, "config": config_type}
     return command
@@ -144,13 +147,14 @@ def demo(
     fresh: Fresh = False,
     debug: Debug = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Run every stage on handwritten digits.
 
     They come with scikit-learn; a few minutes on two cores, nothing to download.
     """
     with error_exits(debug), as_file(files("fisher_ray") / "demo.yaml") as path:
-        _run(_read(path, overrides, output), None, address, fresh, debug, quiet)
+        _run(_read(path, overrides, output), None, address, fresh, debug, quiet, as_json)
 
 
 def init(
@@ -261,23 +265,28 @@ def _read(path: Path, overrides: list[str] | None, output: str | None) -> Config
     return Config.from_yaml(path, [*(overrides or ()), *replaced])
 
 
-def _run(config: Config, until: Until, address: str | None, fresh: bool, debug: bool, quiet: bool) -> None:
+def _run(
+    config: Config, until: Until, address: str | None, fresh: bool, debug: bool, quiet: bool, as_json: bool
+) -> None:
     from rich.console import Console
 
     from fisher_ray import pipeline, report
-    from fisher_ray.progress import configure_logging, new_console, show_progress
+    from fisher_ray.progress import JsonProgress, configure_logging, new_console, show_progress
     from fisher_ray.records import SilentProgress
 
-    console = new_console()
+    console, lines = new_console(), JsonProgress(sys.stdout)
     configure_logging(console, debug)
     warn_of_copy(console, config.output)
-    with nullcontext(SilentProgress()) if quiet else show_progress(console) as progress:
+    shown = nullcontext(SilentProgress()) if quiet else nullcontext(lines) if as_json else show_progress(console)
+    with shown as progress:
         results = pipeline.run(config, address=address, fresh=fresh, until=until, progress=progress)
+    place = config.output.rstrip("/") + ("/report/report.html" if until in (None, "report") else "")
+    if as_json:
+        lines.tell("done", until=until or "report", place=place, results=results)
+        return
     if until in (None, "report"):
         Console().print(report.render_table(results))
-        typer.echo(f"report: {config.output.rstrip('/')}/report/report.html")
-    else:
-        typer.echo(f"{until}: {config.output}")
+    typer.echo(f"{until or 'report'}: {place}")
 
 
 def warn_of_copy(console: Console, output: str) -> None:

@@ -82,8 +82,8 @@ class ModelConfig(Section):
     """The network: ``factory(**kwargs)`` and, optionally, its state dict."""
 
     factory: str
-    """``module:function`` or ``module:Class.method`` that returns the network, an ``nn.Module`` from inputs to logits, or
-    to an object that has ``logits``."""
+    """``module:function`` or ``module:Class.method`` that returns the network, an ``nn.Module`` from inputs to logits
+    or to an object with ``logits``."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``factory``."""
     checkpoint: str | None = None
