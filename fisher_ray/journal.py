@@ -217,6 +217,8 @@ def refuse_foreign(storage: Storage) -> None:
     if _read(storage) is not None:
         return
     if names := [name for name in storage.list() if name != CLAIM_FILE]:
+        if names == [""]:
+            raise ConfigError(f"output {storage.url} is a file. Give a folder, an empty or a new one.")
         raise ConfigError(
             f"output {storage.url} is not empty and no run folder: it holds {names[0]}. Give an empty or a new place."
         )

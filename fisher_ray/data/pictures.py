@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fisher_ray.data.source import Source
@@ -31,7 +31,10 @@ class PictureSource(Source):
         encoded, label = raw
         if encoded is None:
             raise ValueError("the row has no picture (null bytes)")
-        image = Image.open(io.BytesIO(encoded))
+        try:
+            image = Image.open(io.BytesIO(encoded))
+        except UnidentifiedImageError:  # whose message names an object in memory
+            raise ValueError(f"its {len(encoded):,} bytes are no picture that Pillow knows") from None
         image.load()
         return image, label
 

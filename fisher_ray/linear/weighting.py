@@ -37,8 +37,8 @@ def weigh_classes(asked: ClassWeights, counts: Tensor) -> Tensor | None:
     for label, weight in dict(asked).items():
         if not 0 <= label < len(counts) or not 0 < weight < float("inf"):
             raise RequestError(
-                f"class_weights gives class {label} the weight {weight}: classes are 0 to {len(counts) - 1}, weights "
-                "positive numbers"
+                f"class_weights gives class {label} the weight {weight}. Classes are 0 to {len(counts) - 1}, weights "
+                "positive numbers: correct it."
             )
         weights[label] = weight
     return weights

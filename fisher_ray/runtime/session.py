@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import ray.exceptions
 
 from fisher_ray.errors import ConfigError, WorkersLostError
 
+KNOCK_S = 5.0
+"""How long a cluster's head may take to accept a connection."""
 MALLOC = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {"arena_max": 1, "mmap_max": 0, "trim_threshold": 2**34, "top_pad": 2**28}.items()
@@ -67,6 +70,7 @@ class Session:
         if self.embedded:
             ray.init(address="local", include_dashboard=False, **quiet)
         else:
+            self._knock()
             try:
                 ray.init(address=self._address, **quiet)
             except ValueError as error:
@@ -78,6 +82,19 @@ class Session:
                     f"no Ray cluster answers at {self._address!r}: {error}. Start it, correct --address or "
                     "RAY_ADDRESS, or leave both out to run in this process."
                 ) from error
+
+    def _knock(self) -> None:
+        """Refuse an address that nobody listens at; Ray itself would wait for minutes."""
+        host, colon, port = (self._address or "").rpartition(":")
+        if not (colon and port.isdigit()):
+            return
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+        except (OSError, OverflowError) as error:
+            raise WorkersLostError(
+                f"nobody listens at {self._address!r}: {error}. Start the cluster, correct --address or RAY_ADDRESS, "
+                "or leave both out to run in this process."
+            ) from error
 
     def close(self) -> None:
         """Disconnect, or end the embedded Ray."""

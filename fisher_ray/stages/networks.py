@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,11 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose message is a page on how to load it all the same
+        raise ModelError(
+            f"model.checkpoint: {path} holds other objects than tensors, which would run code when they are read. Save "
+            "the state dict alone: torch.save(model.state_dict(), path)."
+        ) from error
     except Exception as error:
         raise ModelError(
             f"model.checkpoint: {path} cannot be read: {type(error).__name__}: {error}. "

@@ -200,7 +200,8 @@ def inspect_request(config: Config) -> Facts:
     """Look at the model and the data before any work.
 
     Raises:
-        ConfigError: if a file or function is missing, or the splits' inputs have different shapes.
+        ConfigError: if a file or function is missing, or the splits' inputs or classes differ.
+        RequestError: if a class is weighted that there is not.
         ModelError: if the network, its layers or its checkpoint cannot be used.
         DataError: if a label is out of range or a split's first sample is bad.
     """
@@ -229,6 +230,7 @@ def inspect_request(config: Config) -> Facts:
         fingerprints["transformed"] = hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest()
     _refuse_dependent_rows(engine, inputs)
     logits, hidden = _try_network(engine, inputs)
+    weigh_classes(config.linear.class_weights, torch.ones(logits))  # refuses what there is not
     for source in sources.values():
         check_source(source, logits, on_error=config.data.on_error)
     num_parameters = sum(num_outputs * num_inputs for num_outputs, num_inputs in engine.block_shapes.values())

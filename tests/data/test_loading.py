@@ -19,7 +19,7 @@ def write_bad(folder):
 
 
 BAD = {
-    2: "cannot be decoded: UnidentifiedImageError",
+    2: "cannot be decoded: its",
     3: "has no picture",
     5: r"has an input of shape \(3, 9, 9\), the split's is \(3, 8, 8\)",
     6: r"wrong label: 9 is not in \[0, 5\)",

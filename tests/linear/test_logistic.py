@@ -192,7 +192,7 @@ def test_balanced_classes_have_the_optimum_of_scikit_learns_balanced_weights(dig
 
 
 def test_a_weight_of_no_class_is_refused_naming_it():
-    with pytest.raises(RequestError, match=r"class 3 the weight 2\.0: classes are 0 to 2"):
+    with pytest.raises(RequestError, match=r"class 3 the weight 2\.0\. Classes are 0 to 2"):
         weigh_classes({3: 2.0}, torch.ones(3))
     with pytest.raises(RequestError, match=r"class 1 the weight 0\.0"):
         weigh_classes({1: 0.0}, torch.ones(3))
