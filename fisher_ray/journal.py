@@ -152,8 +152,11 @@ class Journal:
 
     def total(self, what: str, key: str) -> int:
         """Return the sum of ``key`` over the events ``what`` so far, those of earlier starts of the run included."""
-        events = (json.loads(line) for line in self._events)
-        return sum(int(event.get(key, 0)) for event in events if event.get("event") == what)
+        return sum(int(event.get(key, 0)) for event in self.events(what))
+
+    def events(self, what: str) -> Iterator[dict[str, Any]]:
+        """Yield the events ``what`` so far, those of earlier starts of the run included."""
+        yield from (event for event in map(json.loads, self._events) if event.get("event") == what)
 
     def _clock(self) -> None:
         if self._running is not None:

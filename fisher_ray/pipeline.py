@@ -283,7 +283,9 @@ class _Run(GradNetStages):
         stores = {"shallow": ENTRIES, "test": PREDICTIONS} if self._alone else FISHER_STORES
         skipped = {split: open_features(self._url(name)).skipped for split, name in stores.items()}
         num_halvings = self._journal.total("unit done", "num_halvings")
-        results, details = report.summarise(self._config, stages, _versions(), skipped, num_halvings)
+        units = self._journal.events("unit done")
+        told = (num_halvings, self._facts.class_names, units)
+        results, details = report.summarise(self._config, stages, _versions(), skipped, *told)
         details["config"] = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
         self._check()
         report.write_report(self._storage, results, details)

@@ -1,4 +1,5 @@
 import copy
+import csv
 import io
 import json
 import math
@@ -6,7 +7,9 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -46,6 +49,15 @@ DETAILS = {
     "config": "output: runs/cifar10\nseed: 0\nmodel: {factory: 'fisher_ray.models:paper_cnn'}  # " + "long " * 40,
     "layers": [{"name": "conv1", "coordinates": 2048, "shape": [64, 64, 5, 5]}],
     "skipped": [{"split": "shallow", "row": 1234, "reason": "train-0.parquet row 1234: not a picture"}],
+    "confusion": {
+        "base": [[60, 30, 10], [20, 70, 10], [0, 0, 0]],
+        "fisher_linear": [[80, 15, 5], [10, 90, 0], [0, 0, 0]],
+    },
+    "class_names": ("cat", "dog", "eel"),
+    "workers": [
+        {"worker": "a (pid 1, cpu)", "units": 12, "rows": 12_288, "seconds": 25.6, "retries": 0},
+        {"worker": "b (pid 2, cpu)", "units": 13, "rows": 13_000, "seconds": 26.0, "retries": 1},
+    ],
     "intervals": {"base": [0.6034, 0.6221], "fisher_linear": [0.69, 0.696]},
     "verdict": "Level with training on: the linear model on Fisher features is 0.6 points below it.",
     "environment": {"python": "3.11.2", "torch": "2.13.0", "machine": "2 cores, " + "x" * 90},
@@ -126,18 +138,64 @@ def test_the_page_is_well_formed_with_unique_ids_and_asks_for_nothing_from_elsew
     text = page(tmp_path)
     outline = Outline(text)
     assert len(outline.ids) == len(set(outline.ids)) > 10
-    assert {address.lstrip("#") for address in outline.addresses} <= set(outline.ids)
+    inside = {address for address in outline.addresses if not address.startswith("data:text/csv")}
+    assert {address.lstrip("#") for address in inside} <= set(outline.ids)
     assert not re.search(r"@import|url\((?!#)|<script|<link", text)
 
 
 def test_every_figure_says_in_words_what_it_shows(tmp_path):
     labels = Outline(page(tmp_path)).labels
-    assert len(labels) == 5
+    assert len(labels) == 6
+    assert any("Most often: cat for dog 15.0 %; dog for cat 10.0 %; cat for eel 5.0 %." in label for label in labels)
     assert any("linear model on Fisher features 69.3 %, interval 69.0 – 69.6 %" in label for label in labels)
     assert any("69.4 % at 0.3" in label for label in labels)
     assert any("1024 eigenvalues from 2.5 to 0.0003" in label and "damping 0.0021" in label for label in labels)
     assert any("conv1 from 2; head from 0.5" in label for label in labels)
     assert any("features 72.5 s" in label for label in labels)
+
+
+def tables_as_csv(text):
+    links = [link for link in Outline(text).addresses if link.startswith("data:text/csv")]
+    return [[*csv.reader(io.StringIO(unquote(link.partition(",")[2])))] for link in links]
+
+
+def test_every_table_can_be_had_as_csv(tmp_path):
+    text = page(tmp_path)
+    found = tables_as_csv(text)
+    assert len(found) == text.count("<table") > 5
+    assert found[0][0][:2] == ["model", "accuracy"]
+    assert ["linear model on Fisher features", "69.3 %"] in [row[:2] for row in found[0]]
+    assert len(set(re.findall(r'download="([^"]+)"', text))) == len(found)
+
+
+def test_classes_are_told_by_name_with_what_they_are_taken_for(tmp_path):
+    (classes,) = [rows for rows in tables_as_csv(page(tmp_path)) if rows[0][0] == "class"]
+    assert classes[0] == [
+        *("class", "samples", "base network", "linear model on Fisher features", "most often taken for")
+    ]
+    assert classes[1:] == [
+        ["cat", "100", "60.0 %", "80.0 %", "dog (15.0 %)"],
+        ["dog", "100", "70.0 %", "90.0 %", "cat (10.0 %)"],
+    ]
+
+
+def test_of_many_classes_those_that_are_wrong_most_often_are_listed_and_none_is_drawn(tmp_path):
+    matrix = np.diag(np.arange(100, 160))
+    matrix[7, 3] = 50
+    details = {**DETAILS, "confusion": {"base": matrix.tolist(), "fisher_linear": matrix.tolist()}, "class_names": None}
+    text = page(tmp_path, details=details)
+    (classes,) = [rows for rows in tables_as_csv(text) if rows[0][0] == "class"]
+    assert (len(classes), classes[1][0], classes[1][4]) == (51, "7", "3 (31.8 %)")
+    assert "the 50 that are wrong most often" in text
+    assert not [label for label in Outline(text).labels if "Confusion" in label]
+
+
+def test_workers_are_told_with_their_rates(tmp_path):
+    (workers,) = [rows for rows in tables_as_csv(page(tmp_path)) if rows[0][0] == "worker"]
+    assert workers[1:] == [
+        ["a (pid 1, cpu)", "12", "12,288", "25.6 s", "480", "0"],
+        ["b (pid 2, cpu)", "13", "13,000", "26.0 s", "500", "1"],
+    ]
 
 
 def test_figures_take_their_colours_from_the_theme(tmp_path):

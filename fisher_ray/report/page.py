@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
-from fisher_ray.report.comparison import compare, conditions, percent, seconds, shallow_key
+from fisher_ray.report.comparison import LABELS, compare, conditions, percent, seconds, shallow_key
 from fisher_ray.report.table import COLUMNS
 from fisher_ray.storage import Storage
 
@@ -37,6 +41,7 @@ _CSS = """
 body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 var(--font); overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+a { color: var(--accent); }
 p { margin: .5rem 0; max-width: 46rem; } .soft, caption, figcaption { color: var(--soft); font-size: .9rem; }
 .verdict { border-left: .25rem solid var(--accent); background: var(--tint); padding: .75rem 1rem; }
 .wide { overflow-x: auto; } .wide + .wide { margin-top: 1.5rem; }
@@ -62,7 +67,9 @@ def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[
         details: what only the page shows; every key may be missing or empty: ``metric`` (what
             :meth:`fisher_ray.metric.LowRankMetric.summary` returns), ``path`` (of ``penalty``, ``accuracy``),
             ``seconds`` by stage, ``config`` (text), ``layers`` (of ``name``, ``coordinates``, ``shape``), ``skipped``
-            (of ``split``, ``row``, ``reason``), ``num_halvings``, ``intervals`` by model, ``verdict``, ``environment``.
+            (of ``split``, ``row``, ``reason``), ``num_halvings``, ``intervals`` by model, ``verdict``, ``environment``,
+            ``confusion`` (by model, ``(C, C)``), ``class_names``, ``workers`` (of ``worker``, ``units``, ``rows``,
+            ``seconds``, ``retries``).
 
     Raises:
         ValueError: if a result is NaN or infinite, which JSON cannot hold.
@@ -79,6 +86,7 @@ def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     parts = [
         _comparison(results, details),
         _figures(results, details),
+        _classes(results, details),
         _run(results, details),
         _skipped(details.get("skipped") or []),
         _background(details),
@@ -142,6 +150,24 @@ def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     return figure_section(drawn)
 
 
+def _classes(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    from fisher_ray.report import classes  # here, as above
+
+    confusion, shallow = details.get("confusion") or {}, shallow_key(results)
+    if shallow not in confusion:
+        return ""
+    names = classes.class_names(len(confusion[shallow]), details.get("class_names"))
+    head, rows = classes.class_rows(confusion, shallow, names)
+    few = f", the {len(rows)} that are wrong most often" if len(names) > classes.MOST_LISTED else ""
+    caption = f"Accuracy on the test samples by class{few}, and what the last model errs in"
+    parts = [table(head, rows, caption, kind="numbers")]
+    if len(names) <= classes.MOST_DRAWN:
+        drawn = classes.confusions(confusion[shallow], names, LABELS[shallow])
+        text = f"What the {LABELS[shallow]} takes each class for: test samples, the darker the larger their share."
+        parts.insert(0, f'<div class="figures"><figure>{drawn}<figcaption>{escape(text)}</figcaption></figure></div>')
+    return f"<section><h2>Classes</h2>{''.join(parts)}</section>"
+
+
 def figure_section(drawn: Sequence[tuple[str, str]]) -> str:
     """Return a section of figures with their captions; nothing if there are none."""
     body = "".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in drawn)
@@ -160,6 +186,9 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         parts.append(f"<p>Micro-batches cut for want of memory: {details['num_halvings']:,}.</p>")
     if rows:
         parts.append(table(("stage", "wall time", "samples per second"), rows, "Stages", kind="numbers"))
+    if workers := details.get("workers"):
+        head = ("worker", "units", "rows", "seconds at work", "rows per second", "of them tried again")
+        parts.append(table(head, map(_at_work, workers), "Workers, over all stages that have units", kind="numbers"))
     metric = details.get("metric") or {}
     if metric:
         told = [(text, f"{metric[key]:{shape}}") for key, (text, shape) in _METRIC.items()]
@@ -176,6 +205,12 @@ def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         columns = ("layer", "shape", "coordinates", *(("share of the trace", "kept of the gradient") if known else ()))
         parts.append(table(columns, layers, "Layers whose gradients are used", kind="numbers"))
     return f"<section><h2>The run</h2>{''.join(parts)}</section>"
+
+
+def _at_work(worker: Mapping[str, Any]) -> tuple[str, ...]:
+    rate = worker["rows"] / max(worker["seconds"], 1e-9)
+    units, rows, retries = (f"{worker[key]:,}" for key in ("units", "rows", "retries"))
+    return str(worker["worker"]), units, rows, seconds(worker["seconds"]), f"{rate:,.0f}", retries
 
 
 def _told(trained: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -230,7 +265,8 @@ def table(
     kind: str = "",
     chosen: Sequence[int] = (),
 ) -> str:
-    """Mark up a table whose first column names the rows; every text is escaped."""
+    """Mark up a table whose first column names the rows, and a link to it as CSV; every text is escaped."""
+    rows = [*rows]
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = []
     for position, (name, *values) in enumerate(rows):
@@ -239,4 +275,15 @@ def table(
         body.append(f'<tr{mark}><th scope="row">{escape(str(name))}</th>{cells}</tr>')
     text = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     region = f'<div class="wide" role="region" aria-label="{escape(caption)}" tabindex="0">'
-    return f'{region}<table class="{kind}">{text}</table></div>'
+    return f'{region}<table class="{kind}">{text}</table></div>{_download(columns, rows, caption)}'
+
+
+def _download(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
+    """Mark up a link to the table as CSV, which is part of the page."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([columns, *rows])
+    name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
+    return (
+        f'<p class="soft"><a download="{name}.csv" href="data:text/csv;charset=utf-8,{quote(buffer.getvalue())}" '
+        f'aria-label="Download as CSV: {escape(caption)}">CSV</a></p>'
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fisher_ray.config import Config
@@ -27,6 +27,8 @@ def summarise(
     versions: Mapping[str, str],
     skipped: Mapping[str, Mapping[int, str]],
     num_halvings: int = 0,
+    class_names: Sequence[str] | None = None,
+    units: Iterable[Mapping[str, Any]] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of ``results.json``, and the details for the page.
 
@@ -37,6 +39,8 @@ def summarise(
         versions: of Python and the packages.
         skipped: by split, the rows left out with their reasons.
         num_halvings: how often a micro-batch was cut for want of memory.
+        class_names: of the labels, where the samples' source has them.
+        units: the finished ones, as the events tell of them.
     """
     counts = stages["report"]["result"]
     metric, linear, tested = (stages.get(name, {}).get("result", {}) for name in ("metric", "linear", "gradnet/test"))
@@ -76,9 +80,24 @@ def summarise(
             for row, reason in sorted(rows.items())
         ],
         "num_halvings": num_halvings,
+        "confusion": counts.get("confusion"),
+        "class_names": class_names,
+        "workers": _workers(units),
         "environment": {**versions, "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}"},
     }
     return results, details
+
+
+def _workers(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each worker has done, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for unit in units:
+        entry = found.setdefault(unit["worker"], {"units": 0, "rows": 0, "seconds": 0.0, "retries": 0})
+        entry["units"] += 1
+        entry["rows"] += unit["rows"][1] - unit["rows"][0]
+        entry["seconds"] += sum(unit["seconds"].values())
+        entry["retries"] += unit["attempt"] > 1
+    return [{"worker": name, **found[name]} for name in sorted(found)]
 
 
 def _num_features(config: Config, metric: Mapping[str, Any], num_classes: int, stages: Stages) -> int:

@@ -21,6 +21,7 @@ class Facts:
         micro_batch: samples whose scores are computed together.
         micro_batch_gpu: the same for workers with GPUs.
         gradnet_shapes: ``(O, A)`` by block of the gradients that GradNet takes; empty if it is not run.
+        class_names: of the labels, where the samples' source has them.
     """
 
     num_rows: dict[str, int]
@@ -33,3 +34,4 @@ class Facts:
     micro_batch: int
     micro_batch_gpu: int
     gradnet_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None

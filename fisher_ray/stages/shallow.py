@@ -35,6 +35,8 @@ from fisher_ray.store import FeatureStore, load_arrays, open_features, save_arra
 
 BLOCK_ROWS = 2048
 """Rows summed at a time."""
+MOST_CONFUSED = 100
+"""Classes whose confusions are kept."""
 KEPT_BYTES = 2 * 2**30
 """Rows of the last hidden layer up to this size are kept in memory while the probe is fitted."""
 _VALIDATION_KEY = 0x5EED
@@ -330,7 +332,8 @@ def evaluate(bench: Workbench) -> dict[str, Any]:
     """Score base network, probes and linear model on the stored test rows, and write ``linear/predictions.zarr``.
 
     Returns:
-        ``total`` rows, ``num_classes``, and by model the ``correct`` ones.
+        ``total`` rows, ``num_classes``, by model the ``correct`` ones, and of up to :data:`MOST_CONFUSED` classes the
+        ``confusion`` of base network and linear model.
     """
     models = {"fisher_linear": ("x", load_weights(bench.url("linear/weights.zarr")))}
     if bench.facts.hidden is not None:
@@ -346,8 +349,17 @@ def evaluate(bench: Workbench) -> dict[str, Any]:
     joined = {name: torch.cat(parts) for name, parts in found.items()}
     attributes = {"kind": "predictions", "scores": ["base", *models]}
     save_arrays(bench.url("linear/predictions.zarr"), {k: v.numpy() for k, v in joined.items()}, attributes)
-    correct = {name: int((joined[name].argmax(1) == joined["labels"]).sum()) for name in ("base", *models)}
-    return {"total": len(joined["labels"]), "num_classes": bench.facts.num_classes, "correct": correct}
+    labels, num_classes = joined["labels"], bench.facts.num_classes
+    taken = {name: joined[name].argmax(1) for name in ("base", *models)}
+    correct = {name: int((found == labels).sum()) for name, found in taken.items()}
+    told = ("base", "fisher_linear") if num_classes <= MOST_CONFUSED else ()
+    confusion = {name: confusion_matrix(labels, taken[name], num_classes).tolist() for name in told}
+    return {"total": len(labels), "num_classes": num_classes, "correct": correct, "confusion": confusion}
+
+
+def confusion_matrix(labels: Tensor, taken: Tensor, num_classes: int) -> Tensor:
+    """Return the samples by class and by what they are taken for, int64 ``(C, C)``."""
+    return torch.bincount(labels * num_classes + taken, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def save_weights(bench: Workbench, name: str, weights: LinearWeights) -> None:

@@ -247,6 +247,7 @@ def inspect_request(config: Config) -> Facts:
         num_parameters,
         *choose_micro_batch(config, engine, inputs),
         gradnet_shapes,
+        sources["test"].classes,
     )
 
 
