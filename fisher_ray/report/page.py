@@ -44,7 +44,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2
 a { color: var(--accent); }
 p { margin: .5rem 0; max-width: 46rem; } .soft, caption, figcaption { color: var(--soft); font-size: .9rem; }
 .verdict { border-left: .25rem solid var(--accent); background: var(--tint); padding: .75rem 1rem; }
-.wide { overflow-x: auto; } .wide + .wide { margin-top: 1.5rem; }
+.wide { overflow-x: auto; margin-top: 1.25rem; } .csv { margin: .25rem 0 0; font-size: .9rem; }
 table { border-collapse: collapse; } caption { text-align: left; padding-bottom: .4rem; }
 th, td { text-align: left; padding: .4rem 1.2rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } tbody th { font-weight: 400; } td { font-variant-numeric: tabular-nums; }
@@ -284,6 +284,6 @@ def _download(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: st
     csv.writer(buffer).writerows([columns, *rows])
     name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:40]
     return (
-        f'<p class="soft"><a download="{name}.csv" href="data:text/csv;charset=utf-8,{quote(buffer.getvalue())}" '
+        f'<p class="csv"><a download="{name}.csv" href="data:text/csv;charset=utf-8,{quote(buffer.getvalue())}" '
         f'aria-label="Download as CSV: {escape(caption)}">CSV</a></p>'
     )
