@@ -46,7 +46,7 @@ class ArrowSource(PictureSource):
         super().__init__(key, transform)
         self._paths, self._columns = list(paths), columns
         self._tables = [_table(path, columns, key) for path in self._paths]
-        self.classes = _class_names(self._tables[0].schema, columns.label)
+        self.classes = columns.class_names(self._tables[0].schema)
         self._starts = [0, *itertools.accumulate(table.num_rows for table in self._tables)]
         what = self._paths[0] if len(self._paths) == 1 else f"{self._paths[0]} … {self._paths[-1]}"
         self._rows = select_rows(rows, self._starts[-1], key, what)
@@ -129,12 +129,3 @@ def _table(path: str, columns: Columns, key: str) -> Any:
             table = pa.ipc.open_stream(mapped).read_all()
     columns.check(table.schema, path, key)
     return table
-
-
-def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
-    """Return the labels' names that ``datasets`` keeps beside the schema, if it does."""
-    try:
-        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return tuple(map(str, names)) if isinstance(names, list) else None

@@ -46,6 +46,7 @@ class ParquetSource(PictureSource):
         self._columns = columns
         for path, footer in self._files():
             columns.check(footer.schema.to_arrow_schema(), path, key)
+        self.classes = columns.class_names(self._footers[0].schema.to_arrow_schema())
         self._starts = [0, *itertools.accumulate(int(footer.num_rows) for footer in self._footers)]
         what = self._paths[0] if len(self._paths) == 1 else f"{self._paths[0]} … {self._paths[-1]}"
         self._rows = select_rows(rows, self._starts[-1], key, what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -97,6 +98,15 @@ class Columns:
         """Whether the pictures' bytes are a field of a struct."""
         image = schema.field(self.image).type
         return pa.types.is_struct(image) and any(field.name == "bytes" and _is_bytes(field.type) for field in image)
+
+    def class_names(self, schema: Any) -> tuple[str, ...] | None:
+        """Return the labels' names that Hugging Face's ``datasets`` keeps beside a schema; None where it does not."""
+        try:
+            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            names = features[self.label]["names"]
+        except (KeyError, TypeError, ValueError):
+            return None
+        return tuple(map(str, names)) if isinstance(names, list) else None
 
     def rows(self, batch: Any) -> Iterator[tuple[bytes | None, int | None]]:
         """Yield the encoded picture and the label of each row of a record batch."""

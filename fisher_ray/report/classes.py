@@ -20,7 +20,9 @@ MOST_LISTED = 50
 
 def class_names(num_classes: int, names: Sequence[str] | None) -> list[str]:
     """Return what the classes are called: their names where the samples' source has them, else their numbers."""
-    return [str(number) for number in range(num_classes)] if names is None else [*names][:num_classes]
+    found = [str(number) for number in range(num_classes)]
+    given = [name.encode(errors="replace").decode() for name in names or ()]  # folders may have names that are no text
+    return [*given, *found[len(given) :]][:num_classes]
 
 
 def class_rows(

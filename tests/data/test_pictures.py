@@ -211,6 +211,7 @@ def test_columns_of_other_names_can_be_named(tmp_path):
     columns = {"image_column": "img", "label_column": "fine_label"}
     for settings in ({"format": "arrow", "path": "saved"}, {"format": "parquet", "path": "a.parquet"}):
         source = opened(tmp_path, **settings, **columns)
+        assert source.classes == CLASSES
         assert loaded(source) == (list(range(20)), [i % 3 for i in range(20)])
         assert source.labels().tolist() == [i % 3 for i in range(20)]
         with pytest.raises(DataError, match=r"no column 'image', 'label'; .*Name yours by image_column"):
