@@ -56,7 +56,7 @@ class ArrowSource(PictureSource):
         return len(self._rows)
 
     def fingerprint(self) -> str:
-        """Return a digest of the files' names, sizes and ends, and of the rows taken."""
+        """Return a digest of the files' names, sizes and ends, of the rows taken and of their labels."""
         digest = hashlib.sha256(f"arrow {self._rows.start} {self._rows.stop}".encode())
         for path in self._paths:
             with reading(path, self.key, NAME), open(path, "rb") as file:
@@ -64,6 +64,7 @@ class ArrowSource(PictureSource):
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - HASHED_END_BYTES))
                 digest.update(f"\n{os.path.basename(path)} {size}\n".encode() + file.read())
+        digest.update(self.labels().astype(np.float64).tobytes())
         return digest.hexdigest()
 
     def where(self, row: int) -> str:

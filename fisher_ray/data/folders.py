@@ -18,6 +18,8 @@ from fisher_ray.storage import Storage
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Files of other names are none of the pictures."""
+NUM_HASHED = 5
+"""Pictures that enter the fingerprint."""
 READERS = 16
 """Objects that are fetched at a time."""
 
@@ -67,10 +69,12 @@ class FolderSource(PictureSource):
         return len(self._rows)
 
     def fingerprint(self) -> str:
-        """Return a digest of the classes, and of the pictures' names and sizes."""
+        """Return a digest of the classes, of the pictures' names and sizes, and of a few of them whole."""
         digest = hashlib.sha256(repr(("images", self.classes)).encode())
         for name in self._names:
             digest.update(f"\n{self._sizes[name]} {name}".encode(errors="surrogateescape"))
+        for row in np.linspace(0, len(self) - 1, num=min(NUM_HASHED, len(self)), dtype=np.int64).tolist():
+            digest.update(self._read(row))
         return digest.hexdigest()
 
     def where(self, row: int) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from fisher_ray.data.folders import SUFFIXES
 from fisher_ray.data.pictures import PictureSource, reading
 from fisher_ray.data.source import Transform, select_rows
+from fisher_ray.errors import DataError
 
 NAME = "tar"
 LABEL_SUFFIX = ".cls"
@@ -39,7 +40,7 @@ class TarSource(PictureSource):
 
         Raises:
             ConfigError: if ``rows`` goes beyond the files.
-            DataError: if a file is not an uncompressed tar file.
+            DataError: if a file is not an uncompressed tar file, or a sample has two pictures or labels.
             StorageError: if a file cannot be read.
         """
         super().__init__(key, transform)
@@ -53,11 +54,12 @@ class TarSource(PictureSource):
         return len(self._rows)
 
     def fingerprint(self) -> str:
-        """Return a digest of the files' names, and of their samples' names and places."""
+        """Return a digest of the files' names, and of their samples' names, places and labels."""
         digest = hashlib.sha256(b"webdataset")
         for sample in self._samples:
             told = (os.path.basename(sample.path), sample.name, sample.picture, sample.label)
             digest.update(f"\n{told!r}".encode(errors="surrogateescape"))
+        digest.update(self.labels().tobytes())
         return digest.hexdigest()
 
     def where(self, row: int) -> str:
@@ -71,7 +73,8 @@ class TarSource(PictureSource):
 
     def labels(self) -> np.ndarray:
         """Read the labels alone."""
-        return np.array([label if isinstance(label, int) else np.nan for label in self._labels(0, len(self))])
+        found = [label if isinstance(label, int) else np.nan for label in self._labels(0, len(self))]
+        return np.array(found, np.float64)
 
     def _labels(self, start: int, stop: int) -> Iterator[int | str | None]:
         for sample in self._samples[start:stop]:
@@ -100,10 +103,14 @@ def _samples(path: str, key: str) -> Iterator[_Sample]:
             suffix = (dot + suffix).lower()
             if suffix not in (*SUFFIXES, LABEL_SUFFIX):
                 continue
-            if name is not None and name != f"{folder}/{stem}":
+            own = f"{folder}/{stem}" if folder else stem
+            if name is not None and name != own:
                 yield _Sample(path, name, picture, label)
                 picture = label = None
-            name, span = f"{folder}/{stem}", (member.offset_data, member.size)
+            name, span = own, (member.offset_data, member.size)
+            if (label if suffix == LABEL_SUFFIX else picture) is not None:
+                what = "labels" if suffix == LABEL_SUFFIX else "pictures"
+                raise DataError(f"{key}: {path}: sample {name} has two {what}. Give each sample a name of its own.")
             picture, label = (picture, span) if suffix == LABEL_SUFFIX else (span, label)
     if name is not None:
         yield _Sample(path, name, picture, label)

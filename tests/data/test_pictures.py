@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import tarfile
 
 import datasets
 import numpy as np
@@ -282,6 +283,34 @@ def test_samples_of_tar_files_are_counted_over_the_files(tmp_path):
     assert whole.fingerprint() != source.fingerprint()
     shutil.copytree(tmp_path, tmp_path / "copy")
     assert opened(tmp_path, format="webdataset", path="copy/part-*.tar").fingerprint() == whole.fingerprint()
+
+
+def test_labels_are_part_of_the_fingerprints(tmp_path):
+    write_tars(tmp_path, (4,))
+    before = opened(tmp_path, format="webdataset", path="part-0.tar").fingerprint()
+    with tarfile.open(tmp_path / "part-0.tar") as members:
+        (place,) = [member.offset_data for member in members if member.name.endswith("0002.cls")]
+    with open(tmp_path / "part-0.tar", "r+b") as file:
+        file.seek(place)
+        file.write(b"1")
+    assert opened(tmp_path, format="webdataset", path="part-0.tar").fingerprint() != before
+    prints = set()
+    for label in (0, 1):
+        rows = 300
+        labels = [label if row == rows // 2 else 0 for row in range(rows)]
+        table = pa.table({"image": [np.random.default_rng(row).bytes(20_000) for row in range(rows)], "label": labels})
+        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as sink:
+            sink.write_table(table, max_chunksize=10)
+        prints.add(opened(tmp_path, format="arrow", path="a.arrow").fingerprint())
+    assert len(prints) == 2
+
+
+def test_a_sample_that_comes_twice_is_refused(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as sink:
+        for _ in range(2):
+            sink.write({"__key__": "7", "png": picture(7), "cls": b"1"})
+    with pytest.raises(DataError, match=r"a\.tar: sample 7 has two (labels|pictures)"):
+        opened(tmp_path, format="webdataset", path="a.tar")
 
 
 def test_samples_that_lack_a_part_are_bad_rows(tmp_path):
