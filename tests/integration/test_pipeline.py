@@ -28,7 +28,7 @@ def test_the_shallow_model_beats_the_briefly_trained_network(undisturbed):
     assert json.loads((output / "report" / "results.json").read_text()) == results
     page = (output / "report" / "report.html").read_text()
     assert "The linear model on Fisher features gets" in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
 
 
 def test_every_stage_leaves_what_the_design_says(undisturbed):
