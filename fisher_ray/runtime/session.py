@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import ray
@@ -38,6 +39,7 @@ class Session:
         Raises:
             ConfigError: if the address is of a kind that cannot be used.
         """
+        self._asked = address
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._own = False
         if (self._address or "").startswith(("ray://", "http://", "https://")):
@@ -55,9 +57,11 @@ class Session:
         """Connect, unless this process is connected already.
 
         Raises:
+            ConfigError: if it is connected to another cluster than ``address``.
             WorkersLostError: if no cluster answers at the address.
         """
         if ray.is_initialized():
+            self._require_same()
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # a failed unit's arrays are never asked for
@@ -82,6 +86,22 @@ class Session:
                     f"no Ray cluster answers at {self._address!r}: {error}. Start it, correct --address or "
                     "RAY_ADDRESS, or leave both out to run in this process."
                 ) from error
+
+    def _require_same(self) -> None:
+        """Refuse to run elsewhere than was asked, where this process is connected already."""
+        host, colon, port = (self._asked or "").rpartition(":")
+        if not (colon and port.isdigit()):
+            return
+        self._knock()
+        connected = ray.get_runtime_context().gcs_address
+        its_host, _, its_port = connected.rpartition(":")
+        found = {socket.getaddrinfo(name.strip("[]"), None)[0][4][0] for name in (host, its_host)}
+        hosts = {name for name in found if not ip_address(name).is_loopback}  # loopback is this machine's own
+        if port != its_port or len(hosts) > 1:
+            raise ConfigError(
+                f"--address {self._asked!r} is not the cluster that this process is connected to, {connected}. Leave "
+                "the address out, or call ray.shutdown() first."
+            )
 
     def _knock(self) -> None:
         """Refuse an address that nobody listens at; Ray itself would wait for minutes."""

@@ -54,9 +54,15 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # whose message is a page on how to load it all the same
+        reason = str(error.__context__ or error).split(". ")[0].strip()
+        if "Unsupported global" in reason or "Unsupported class" in reason:
+            raise ModelError(
+                f"model.checkpoint: {path} holds other objects than tensors, which would run code when they are read "
+                f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
+            ) from error
         raise ModelError(
-            f"model.checkpoint: {path} holds other objects than tensors, which would run code when they are read. Save "
-            "the state dict alone: torch.save(model.state_dict(), path)."
+            f"model.checkpoint: {path} cannot be read: {reason}. Give a state dict as safetensors, or as torch.save "
+            "wrote it."
         ) from error
     except Exception as error:
         raise ModelError(
