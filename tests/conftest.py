@@ -46,8 +46,8 @@ def _lack_s3() -> str | None:
 
 
 def _lack_browser() -> str | None:
-    found = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "firefox"))
-    return None if found else "no browser: install chromium or firefox"
+    found = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    return None if found else "no browser: install chromium"
 
 
 _LACKS = {"gpu": _lack_gpu, "cluster": _lack_cluster, "s3": _lack_s3, "browser": _lack_browser}

@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib as mpl
 
 from fisher_ray.experiment.schedule import computed_seconds, route_seconds
-from fisher_ray.experiment.tables import Runs, accuracies, of_views
+from fisher_ray.experiment.tables import Runs, accuracies, caption, of_views
 from fisher_ray.report import LABELS
-from fisher_ray.report.drawing import ACCENT, BAR, DASHES, INK, STYLE, start, svg
+from fisher_ray.report.drawing import ACCENT, BAR, DASHES, INK, STYLE, Drawing, finish, start
 
 WORKERS = (1, 2, 4, 8, 16)
 """Numbers of workers that the time to accuracy is told for."""
@@ -19,7 +19,7 @@ _MARKS = "os^Dv*P"
 
 
 @mpl.rc_context(STYLE)
-def accuracy_by_snapshot(runs: Runs, views: int) -> str:
+def accuracy_by_snapshot(runs: Runs, views: int) -> Drawing:
     """Draw every model's test accuracy against the base network's steps, with the intervals over seeds."""
     figure, axes = start(4.2)
     looks = itertools.product(DASHES, (INK, BAR))
@@ -47,11 +47,13 @@ def accuracy_by_snapshot(runs: Runs, views: int) -> str:
         f"{LABELS[key]} {', '.join(f'{cell.percent()} % at {steps}' for steps, cell in cells.items())}"
         for key, cells in accuracies(runs, views).items()
     )
-    return svg(figure, f"snapshots-{views}", f"Line chart of test accuracy by the base network's steps: {told}.")
+    text = f"Test accuracy by the steps of the base network, {caption(runs, views)}."
+    described = f"Line chart of test accuracy by the base network's steps: {told}."
+    return finish(figure, f"snapshots-{views}", text, described)
 
 
 @mpl.rc_context(STYLE)
-def time_to_accuracy(runs: Runs, views: int, steps: int) -> str | None:
+def time_to_accuracy(runs: Runs, views: int, steps: int) -> Drawing | None:
     """Draw validation accuracy against seconds: training on, and the shallow route by its number of workers.
 
     One seed's: the first that trained to convergence. Measured points are filled, computed ones empty.
@@ -82,7 +84,8 @@ def time_to_accuracy(runs: Runs, views: int, steps: int) -> str | None:
         for number, (seconds, measured) in points.items()
     )
     described = f"Fisher features reach {100 * run['validation']:.1f} % with workers: {told}"
-    return svg(figure, f"time-{views}-{steps}", f"Line chart of validation accuracy against seconds. {described}.")
+    described = f"Line chart of validation accuracy against seconds. {described}."
+    return finish(figure, f"time-{views}-{steps}", _told(views, steps), described)
 
 
 def shallow_points(runs: Runs, run: Mapping[str, Any]) -> dict[int, tuple[float, bool]]:
@@ -97,3 +100,13 @@ def shallow_points(runs: Runs, run: Mapping[str, Any]) -> dict[int, tuple[float,
     measured = {number: value for number, value in taken.items() if value is not None}
     computed = {number: computed_seconds(run["stages"], number, run["num_workers"]) for number in WORKERS}
     return {number: (measured.get(number, computed[number]), number in measured) for number in WORKERS}
+
+
+def _told(views: int, steps: int) -> str:
+    looks = "one view" if views == 1 else "two views"
+    return (
+        f"Accuracy on validation rows against seconds, from the snapshot after {steps:,} steps, {looks}: the base "
+        "network trained on with the same rows, and Fisher features with a linear model, by the number of workers. "
+        "Filled points were measured; empty ones are computed from the measured seconds of the units. "
+        "Training on counts the seconds of its steps alone, the shallow route all that its stages took."
+    )

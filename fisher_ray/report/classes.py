@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from fisher_ray.report.comparison import LABELS, percent
-from fisher_ray.report.drawing import ACCENT, INCHES, INK, STYLE, plain, start, svg
+from fisher_ray.report.drawing import ACCENT, INCHES, INK, STYLE, Drawing, finish, plain, start
 
 MOST_DRAWN = 20
 """Classes whose confusions are drawn."""
@@ -55,7 +55,7 @@ def class_rows(
 
 
 @mpl.rc_context(STYLE)
-def confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], label: str) -> str:
+def confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], label: str) -> Drawing:
     """Draw which share of each class is taken for which, the darker the more.
 
     Args:
@@ -81,4 +81,5 @@ def confusions(matrix: Sequence[Sequence[int]], names: Sequence[str], label: str
         spine.set(visible=True, color=INK, linewidth=0.5)
     pairs = [(shares[i, j], i, j) for i, j in np.ndindex(*shares.shape) if i != j and shares[i, j] > 0]
     text = "; ".join(f"{names[i]} for {names[j]} {percent(share)}" for share, i, j in sorted(pairs, reverse=True)[:5])
-    return svg(figure, "confusions", f"Confusion matrix of the {label}. Most often: {text or 'none'}.")
+    caption = f"What the {label} takes each class for: test samples, the darker the larger their share."
+    return finish(figure, "confusions", caption, f"Confusion matrix of the {label}. Most often: {text or 'none'}.")

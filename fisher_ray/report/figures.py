@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 from fisher_ray.report.comparison import Row, percent, seconds
-from fisher_ray.report.drawing import ACCENT, BAR, DASHES, INK, STYLE, only_bottom, plain, start, svg
+from fisher_ray.report.drawing import ACCENT, BAR, DASHES, INK, STYLE, Drawing, finish, only_bottom, plain, start
 
 MOST_LAYERS = 8
 """Layers whose spectra are drawn."""
@@ -18,7 +18,7 @@ MOST_TICKS = 6
 
 
 @mpl.rc_context(STYLE)
-def accuracy_bars(rows: Sequence[Row]) -> str:
+def accuracy_bars(rows: Sequence[Row]) -> Drawing:
     """Draw the models' accuracies with their intervals."""
     shown = [row for row in rows if row.accuracy is not None and row.interval is not None]
     figure, axes = start(0.52 * len(shown) + 0.6)
@@ -32,11 +32,12 @@ def accuracy_bars(rows: Sequence[Row]) -> str:
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     only_bottom(axes)
     text = "; ".join(f"{row.label} {row.cells()[1]}, interval {row.cells()[3]}" for row in shown)
-    return svg(figure, "accuracy", f"Bar chart of test accuracies with 95 % intervals: {text}.")
+    caption = "Accuracy on the test samples; the whiskers are 95\u00a0% intervals."
+    return finish(figure, "accuracy", caption, f"Bar chart of test accuracies with 95 % intervals: {text}.")
 
 
 @mpl.rc_context(STYLE)
-def spectrum(parts: Sequence[Mapping[str, Any]]) -> str:
+def spectrum(parts: Sequence[Mapping[str, Any]]) -> Drawing:
     """Draw the metric's eigenvalues and its damping, on logarithmic axes.
 
     Args:
@@ -56,11 +57,12 @@ def spectrum(parts: Sequence[Mapping[str, Any]]) -> str:
     axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the Fisher metric")
     axes.grid(True, linewidth=0.5)
     described = f"{len(positive)} eigenvalues from {positive[0]:.2g} to {positive[-1]:.2g}, {text}."
-    return svg(figure, "spectrum", f"Line chart on logarithmic axes: {described}")
+    caption = "Eigenvalues of the Fisher metric. Directions below the damping count for less."
+    return finish(figure, "spectrum", caption, f"Line chart on logarithmic axes: {described}")
 
 
 @mpl.rc_context(STYLE)
-def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
+def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> Drawing:
     """Draw the eigenvalues of the layers' own blocks of the metric, on logarithmic axes.
 
     Args:
@@ -80,26 +82,33 @@ def layer_spectra(layers: Sequence[Mapping[str, Any]]) -> str:
     axes.set(xlabel="eigenvalue, by size", ylabel="eigenvalue of the layer's block")
     axes.grid(True, linewidth=0.5)
     text = "; ".join(f"{layer['name']} from {layer['eigvals'][0]:.2g}" for layer in shown)
-    return svg(figure, "layers", f"Line chart on logarithmic axes of each layer's eigenvalues: {text}.")
+    caption = "Eigenvalues of each layer's own block of the metric."
+    if len(layers) > MOST_LAYERS:
+        caption += f" The {MOST_LAYERS} layers that have most of it."
+    return finish(figure, "layers", caption, f"Line chart on logarithmic axes of each layer's eigenvalues: {text}.")
 
 
 @mpl.rc_context(STYLE)
-def stage_seconds(stages: Mapping[str, float]) -> str:
-    """Draw the wall time of each stage."""
+def timeline(stages: Mapping[str, float]) -> Drawing:
+    """Draw the wall time of the stages, one after the other."""
     figure, axes = start(0.3 * len(stages) + 0.6)
     names, values = list(stages), list(stages.values())
-    axes.barh(range(len(names)), values, height=0.6, color=BAR)
-    for place, value in enumerate(values):
-        axes.annotate(seconds(value), (value, place), (4, 0), textcoords="offset points", va="center")
-    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="seconds", xlim=(0, 1.25 * max(values) or 1))
+    ends = list(itertools.accumulate(values))
+    axes.barh(range(len(names)), values, left=[end - value for end, value in zip(ends, values, strict=True)], color=BAR)
+    for place, (end, value) in enumerate(zip(ends, values, strict=True)):
+        early = end <= 0.75 * ends[-1]  # beside the bar there is room for its seconds
+        where, shift, side = (end, 4, "left") if early else (end - value, -4, "right")
+        axes.annotate(seconds(value), (where, place), (shift, 0), textcoords="offset points", va="center", ha=side)
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="seconds from the start", xlim=(0, ends[-1] or 1))
     axes.set_yticks(range(len(names)), [plain(name) for name in names])
     axes.tick_params(axis="y", length=0)
     text = ", ".join(f"{name} {seconds(value)}" for name, value in stages.items())
-    return svg(figure, "seconds", f"Bar chart of seconds per stage: {text}.")
+    caption = f"Wall time of the stages, one after the other: {seconds(ends[-1])} in all."
+    return finish(figure, "timeline", caption, f"Bar chart of seconds per stage: {text}.")
 
 
 @mpl.rc_context(STYLE)
-def penalty_path(path: Sequence[Mapping[str, Any]]) -> str:
+def penalty_path(path: Sequence[Mapping[str, Any]]) -> Drawing:
     """Draw validation accuracy against the penalty, a line for each rank and damping, the best point marked."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in path:
@@ -126,7 +135,8 @@ def penalty_path(path: Sequence[Mapping[str, Any]]) -> str:
         + ", ".join(f"{percent(accuracy)} at {penalty:g}" for penalty, accuracy in sorted(points))
         for name, points in lines.items()
     )
-    return svg(figure, "penalty", f"Line chart of validation accuracy against the penalty: {text}.")
+    caption = "Accuracy on the validation rows against the penalty; the best penalty is kept."
+    return finish(figure, "penalty", caption, f"Line chart of validation accuracy against the penalty: {text}.")
 
 
 def _variant(point: Mapping[str, Any]) -> str:

@@ -8,12 +8,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fisher_ray.report.comparison import LABELS, compare, conditions, percent, seconds, shallow_key
 from fisher_ray.report.table import COLUMNS
 from fisher_ray.storage import Storage
+
+if TYPE_CHECKING:  # matplotlib, which a table in the terminal does without, is imported where figures are drawn
+    from fisher_ray.report.drawing import Drawing
 
 MOST_SKIPPED = 100
 """Skipped rows that are listed; beyond them, only their number is."""
@@ -59,7 +62,7 @@ summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 
 
 def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    """Write ``report/report.html`` and then ``report/results.json``.
+    """Write the page, its figures as ``report/figures/*.svg`` and ``.png``, and then ``report/results.json``.
 
     Args:
         storage: the run folder.
@@ -75,23 +78,29 @@ def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[
         ValueError: if a result is NaN or infinite, which JSON cannot hold.
         StorageError: if the folder cannot be written.
     """
+    from fisher_ray.report.drawing import write_drawings
+
     document = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    storage.write_bytes("report/report.html", render_page(results, details).encode())
+    page, drawings = render_page(results, details)
+    write_drawings(storage, "report/figures", drawings)
+    storage.write_bytes("report/report.html", page.encode())
     storage.write_bytes("report/results.json", document.encode())
 
 
-def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    """Return the page; see :func:`write_report`."""
+def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, list[Drawing]]:
+    """Return the page, and the figures on it; see :func:`write_report`."""
+    drawings, (by_class, confusions) = _figures(results, details), _classes(results, details)
     verdict = f'<p class="verdict">{escape(details["verdict"])}</p>' if details.get("verdict") else ""
     parts = [
         _comparison(results, details),
-        _figures(results, details),
-        _classes(results, details),
+        figure_section(drawings),
+        by_class,
         _run(results, details),
         _skipped(details.get("skipped") or []),
         _background(details),
     ]
-    return document("What the run found", f'<p class="soft">{escape(conditions(results))}.</p>{verdict}', parts)
+    lead = f'<p class="soft">{escape(conditions(results))}.</p>{verdict}'
+    return document("What the run found", lead, parts), [*drawings, *confusions]
 
 
 def document(title: str, lead: str, parts: Iterable[str]) -> str:
@@ -124,54 +133,50 @@ def _comparison(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     return f"<section><h2>Comparison</h2>{markup}</section>"
 
 
-def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    from fisher_ray.report import figures  # here, so that a table in the terminal does without matplotlib
+def _figures(results: Mapping[str, Any], details: Mapping[str, Any]) -> list[Drawing]:
+    from fisher_ray.report import figures
 
     drawn = []
     rows = compare(results, details.get("intervals"))
     if any(row.accuracy is not None for row in rows):
-        drawn.append(
-            (figures.accuracy_bars(rows), "Accuracy on the test samples; the whiskers are 95\u00a0% intervals.")
-        )
+        drawn.append(figures.accuracy_bars(rows))
     if details.get("path"):
-        text = "Accuracy on the validation rows against the penalty; the best penalty is kept."
-        drawn.append((figures.penalty_path(details["path"]), text))
+        drawn.append(figures.penalty_path(details["path"]))
     metric = details.get("metric") or {}
     if metric.get("parts"):
-        text = "Eigenvalues of the Fisher metric. Directions below the damping count for less."
-        drawn.append((figures.spectrum(metric["parts"]), text))
+        drawn.append(figures.spectrum(metric["parts"]))
     if len(metric.get("layers") or []) > 1:
-        text = "Eigenvalues of each layer's own block of the metric."
-        if len(metric["layers"]) > figures.MOST_LAYERS:
-            text += f" The {figures.MOST_LAYERS} layers that have most of it."
-        drawn.append((figures.layer_spectra(metric["layers"]), text))
+        drawn.append(figures.layer_spectra(metric["layers"]))
     if stages := _stages(results, details):
-        drawn.append((figures.stage_seconds(stages), "Wall time of each stage."))
-    return figure_section(drawn)
+        drawn.append(figures.timeline(stages))
+    return drawn
 
 
-def _classes(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
-    from fisher_ray.report import classes  # here, as above
+def _classes(results: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[str, list[Drawing]]:
+    from fisher_ray.report import classes
 
     confusion, shallow = details.get("confusion") or {}, shallow_key(results)
     if shallow not in confusion:
-        return ""
+        return "", []
     names = classes.class_names(len(confusion[shallow]), details.get("class_names"))
     head, rows = classes.class_rows(confusion, shallow, names)
     few = f", the {len(rows)} that are wrong most often" if len(names) > classes.MOST_LISTED else ""
     caption = f"Accuracy on the test samples by class{few}, and what the last model errs in"
-    parts = [table(head, rows, caption, kind="numbers")]
-    if len(names) <= classes.MOST_DRAWN:
-        drawn = classes.confusions(confusion[shallow], names, LABELS[shallow])
-        text = f"What the {LABELS[shallow]} takes each class for: test samples, the darker the larger their share."
-        parts.insert(0, f'<div class="figures"><figure>{drawn}<figcaption>{escape(text)}</figcaption></figure></div>')
-    return f"<section><h2>Classes</h2>{''.join(parts)}</section>"
+    few_enough = len(names) <= classes.MOST_DRAWN
+    drawn = [classes.confusions(confusion[shallow], names, LABELS[shallow])] if few_enough else []
+    markup = f"{figure_grid(drawn)}{table(head, rows, caption, kind='numbers')}"
+    return f"<section><h2>Classes</h2>{markup}</section>", drawn
 
 
-def figure_section(drawn: Sequence[tuple[str, str]]) -> str:
+def figure_section(drawings: Sequence[Drawing]) -> str:
     """Return a section of figures with their captions; nothing if there are none."""
-    body = "".join(f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for svg, text in drawn)
-    return f'<section><h2>Figures</h2><div class="figures">{body}</div></section>' if drawn else ""
+    return f"<section><h2>Figures</h2>{figure_grid(drawings)}</section>" if drawings else ""
+
+
+def figure_grid(drawings: Sequence[Drawing]) -> str:
+    """Return figures with their captions, side by side where there is room."""
+    body = "".join(f"<figure>{d.markup}<figcaption>{escape(d.caption)}</figcaption></figure>" for d in drawings)
+    return f'<div class="figures">{body}</div>' if drawings else ""
 
 
 def _run(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:

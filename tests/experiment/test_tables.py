@@ -78,7 +78,7 @@ def test_seconds_are_measured_where_they_were_and_computed_elsewhere():
 
 
 def test_the_page_says_which_seconds_are_computed():
-    page = render_page([run(100, 0), run(900, 0)])
+    page, _ = render_page([run(100, 0), run(900, 0)])
     assert page.count("<svg") == 3
     assert "8 in 40 s (computed)" in page
     assert "2 in 40 s (measured)" in page
