@@ -22,7 +22,17 @@ from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress, Unit
 from fisher_ray.runtime import Claim, Crew, Session, num_slices
-from fisher_ray.stages import Facts, compression, inspect_request, minibatch, planning, shallow, tasks, training
+from fisher_ray.stages import (
+    Facts,
+    compression,
+    estimate,
+    inspect_request,
+    minibatch,
+    planning,
+    shallow,
+    tasks,
+    training,
+)
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
@@ -103,7 +113,8 @@ def plan(config: Config) -> dict[str, Any]:
     """
     config = config.located()
     Storage(config.output)  # refuses what run would refuse
-    return planning.describe_run(config, inspect_request(config))
+    facts = inspect_request(config)
+    return {**planning.describe_run(config, facts), "seconds": estimate.estimate_seconds(config, facts)}
 
 
 def _refuse_leak(config: Config, until: Until | None) -> None:

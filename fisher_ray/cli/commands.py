@@ -42,6 +42,10 @@ Address = Annotated[str | None, typer.Option("--address", help="Ray cluster; by 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew in the same folder instead of resuming.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Price = Annotated[
+    float | None,
+    typer.Option("--price-per-gpu-hour", min=0.0, metavar="PRICE", help="Add what the run would cost at this price."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Progress and results as JSON lines on standard output.")]
 
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
@@ -57,7 +61,7 @@ _STAGES: dict[str, tuple[Until, str]] = {
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "init": ("fisher-ray init first.yaml",),
-    "plan": ("fisher-ray plan digits.yaml --set metric.rank=128",),
+    "plan": ("fisher-ray plan digits.yaml --set metric.rank=128 --price-per-gpu-hour 2.50",),
     "fit-metric": ("fisher-ray fit-metric digits.yaml --output runs/other",),
     "write-features": ("fisher-ray write-features digits.yaml --set runtime.num_workers=2",),
     "train": ("fisher-ray train digits.yaml --set linear.model=logistic --quiet",),
@@ -181,16 +185,28 @@ def init(
         typer.echo(f"{path} written, {schema_path} beside it. Change what it has to say, then: fisher-ray plan {path}")
 
 
-def plan(config: ConfigArgument, output: Output = None, overrides: Overrides = None, debug: Debug = False) -> None:
+def plan(
+    config: ConfigArgument,
+    output: Output = None,
+    overrides: Overrides = None,
+    price: Price = None,
+    debug: Debug = False,
+) -> None:
     """Print what would run, and do nothing.
 
-    Units, memory per actor, bytes, objects, time.
+    Units, memory per actor, bytes, objects, and seconds, for which a few rows go through every stage here.
     """
     with error_exits(debug):
         settings = _read(config, overrides, output)
         from fisher_ray import pipeline
 
-        _print_mapping(pipeline.plan(settings))
+        typer.echo("trying every stage on a few rows ...", err=True)
+        found = pipeline.plan(settings)
+        if price is not None:
+            each = settings.runtime.gpus_per_worker
+            gpus = found["seconds"]["workers"] * (1.0 if each == "auto" else each)
+            found["price"] = round(found["seconds"]["total"] / 3600 * gpus * price, 2)
+        _print_mapping(found)
 
 
 def verify(url: RunArgument, repair: Repair = False, debug: Debug = False) -> None:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from typing import Any
-
-import torch
 
 from fisher_ray.config import Config
 from fisher_ray.data import choose_units, plan_units
 from fisher_ray.metric import plan_compression
-from fisher_ray.records import Batch, Unit
+from fisher_ray.records import Unit
 from fisher_ray.stages.compression import sum_width
 from fisher_ray.stages.facts import Facts
 from fisher_ray.stages.gradnet.entries import num_entries
 from fisher_ray.stages.gradnet.network import network_shape, num_kept
-from fisher_ray.stages.networks import build_network
-from fisher_ray.stages.passes import batch_scores
-from fisher_ray.stages.workbench import score_engine
 
 MIN_LEAF_ROWS = 4096
 """Rows of one Gram sum at least: fewer are not worth moving a matrix for."""
@@ -29,8 +22,6 @@ READ_COPIES = 4
 """Of these: read, mixed, joined to what was left, and those read ahead."""
 STATE_COPIES = 10
 """Of a streamed fit's weights: parameters, two means of gradients, and what a step makes of them."""
-MEASUREMENTS = 3
-"""Micro-batches that a plan's estimate of seconds is measured on."""
 
 
 def split_units(config: Config, facts: Facts, split: str) -> list[Unit]:
@@ -85,9 +76,7 @@ def gram_bytes(num_columns: int) -> int:
 def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
     """Return what a run would do: units, memory, bytes and objects, in plain values.
 
-    Memory is a worker's largest arrays together, besides Python and torch themselves. Seconds are of the scores alone,
-    measured here for a moment, and shared out over the workers that this machine has room for, if not
-    ``runtime.num_workers`` says how many there are.
+    Memory is a worker's largest arrays together, besides Python and torch themselves.
     """
     found = {"output": config.output, "samples": dict(facts.num_rows), "parameters": facts.num_parameters}
     fisher = {} if config.linear.model == "gradnet" else _describe_fisher(config, facts)
@@ -96,7 +85,7 @@ def describe_run(config: Config, facts: Facts) -> dict[str, Any]:
 
 
 def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
-    rank = min(config.metric.rank, _dim(config, facts))
+    rank = min(config.metric.rank, num_coordinates(config, facts))
     columns, features = num_columns(config, facts, rank), num_features(config, facts, rank)
     units = {
         "metric": len(metric_units(config, facts)),
@@ -110,7 +99,7 @@ def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
     file_rows = config.store.shard_rows or config.store.chunk_rows
     chunks = sum(-(-facts.num_rows[split] // file_rows) for split in ("shallow", "test"))
     return {
-        "compressed_coordinates": _dim(config, facts),
+        "compressed_coordinates": num_coordinates(config, facts),
         "features_per_sample": features,
         "linear_columns": columns,
         "units": units,
@@ -118,7 +107,6 @@ def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
         "feature_bytes": num_rows * views * features * (4 if config.store.dtype == "float32" else 2),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
-        "seconds_of_scores": _seconds(config, facts),
     }
 
 
@@ -146,12 +134,13 @@ def _describe_gradnet(config: Config, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _dim(config: Config, facts: Facts) -> int:
+def num_coordinates(config: Config, facts: Facts) -> int:
+    """Return ``D``, the coordinates that all layers' scores are compressed to."""
     return plan_compression(config.compression, facts.block_shapes).dim
 
 
 def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> dict[str, int]:
-    dim, hidden = _dim(config, facts), facts.hidden or 0
+    dim, hidden = num_coordinates(config, facts), facts.hidden or 0
     width = sum_width(plan_compression(config.compression, facts.block_shapes), config.metric)
     factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
     scores = facts.num_classes if config.scores.labels == "all" else 1
@@ -165,34 +154,3 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
         "features": 8 * config.runtime.unit_rows * (config.linear.num_stacked or 1) * (features + hidden),
         "linear": linear,
     }
-
-
-def _seconds(config: Config, facts: Facts) -> dict[str, float]:
-    cpus, asked = config.runtime.cpus_per_worker, config.runtime.num_workers
-    workers = max(1, len(os.sched_getaffinity(0)) // cpus) if asked == "auto" else asked
-    each_s = _seconds_a_sample(config, facts, cpus) / workers
-    num_rows = facts.num_rows["shallow"] + facts.num_rows["test"]
-    metric_rows = sum(len(unit) for unit in metric_units(config, facts))
-    passes = 2 if plan_compression(config.compression, facts.block_shapes).with_moments else 1
-    return {
-        "metric": round(passes * metric_rows * each_s, 1),
-        "features": round(config.linear.views * num_rows * each_s, 1),
-        "workers": workers,
-    }
-
-
-def _seconds_a_sample(config: Config, facts: Facts, threads: int) -> float:
-    engine = score_engine(config, build_network(config.model, config.seed))
-    size, before = facts.micro_batch, torch.get_num_threads()
-    inputs = torch.randn(size, *facts.input_shape, generator=torch.Generator().manual_seed(0))
-    batch = Batch(inputs, torch.zeros(size, dtype=torch.int64), torch.arange(size))
-    torch.set_num_threads(threads)
-    try:
-        seconds = []
-        for _ in range(MEASUREMENTS):
-            start = time.perf_counter()
-            batch_scores(engine, batch, config.scores.labels, config.seed)
-            seconds.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(before)
-    return min(seconds) / size

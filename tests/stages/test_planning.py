@@ -1,7 +1,5 @@
 """What a run would do, against what runs then do."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
@@ -108,8 +106,5 @@ def test_a_plan_is_of_plain_values_and_leaves_torch_as_it_was(tmp_path, kind, di
     assert planned["parameters"] == 330
     assert planned["compressed_coordinates"] == (64 if (kind, dim) == ("kronecker", 64) else 330)
     assert planned["features_per_sample"] == 10 * min(64, planned["compressed_coordinates"])
-    seconds = planned["seconds_of_scores"]
-    assert seconds["workers"] == 4
-    assert all(math.isfinite(seconds[name]) and seconds[name] >= 0 for name in ("metric", "features"))
     assert all(isinstance(value, int) and value > 0 for value in planned["worker_memory_bytes"].values())
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,262 @@
+"""A run in miniature: the real tasks on a few rows, timed. A process of its own runs it, and asks nothing of Ray.
+
+``python -m fisher_ray.stages.rehearsal`` reads a pickled :class:`Asked` and writes what was found, pickled too, or the
+error that ended it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from fisher_ray.config import Config
+from fisher_ray.data import plan_units
+from fisher_ray.errors import FisherRayError
+from fisher_ray.linear import GramSum, grid, preconditioner, ridge_path, sum_gradients
+from fisher_ray.records import Unit
+from fisher_ray.stages import compression, planning, shallow, tasks, training
+from fisher_ray.stages.facts import Facts
+from fisher_ray.stages.passes import feature_spec
+from fisher_ray.stages.workbench import Workbench
+from fisher_ray.store import create_store, open_features, seal
+
+WARM_STEPS, TIMED_STEPS = 3, 15
+"""Of training."""
+BATCHES = 3
+"""Micro-batches of the larger of the two units that a pass is timed on."""
+MOST_COLUMNS = 2048
+"""Columns of the linear model that its solution is timed on, and half of them; of more it is extrapolated."""
+SUMMED_COLUMNS = 8192
+"""Columns that a Gram sum is timed on at most."""
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be timed.
+
+    Attributes:
+        config: the run's, its output an empty folder.
+        facts: what the first look found.
+        part: ``alone``, of the steps that one worker does with all threads, or ``passes``, of what all do.
+        threads: of the arithmetic.
+        device: to compute on.
+    """
+
+    config: Config
+    facts: Facts
+    part: str
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that a pass takes for each unit, whatever its rows, and for each row."""
+
+    unit_s: float
+    row_s: float
+
+    def seconds(self, rows: int) -> float:
+        """Return what a unit of so many rows takes."""
+        return self.unit_s + rows * self.row_s
+
+
+class Rehearsal:
+    """A run's workbench with a few rows of each split, and what its steps took.
+
+    Attributes:
+        bench: of the run in miniature.
+        once: seconds of what is done once, by name.
+        paces: of what is done for each unit, by name.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        """See the class."""
+        self._config, self._facts = asked.config, asked.facts
+        num_rows = asked.facts.num_rows
+        probe = Workbench(asked.config, asked.facts, asked.device)
+        self._few, self._more = (
+            min(batches * probe.micro_batch, num_rows["shallow"], asked.config.runtime.unit_rows)
+            for batches in (1, BATCHES)
+        )
+        runtime = asked.config.runtime.model_copy(update={"unit_rows": self._more})
+        base = asked.config.base and asked.config.base.model_copy(update={"steps": WARM_STEPS, "snapshots": ()})
+        config = asked.config.model_copy(update={"runtime": runtime, "base": base})
+        rows = {"shallow": self._more, "test": min(self._more, num_rows["test"])}
+        self.bench = Workbench(config, replace(asked.facts, num_rows={**num_rows, **rows}), asked.device)
+        self.once: dict[str, float] = {}
+        self.paces: dict[str, Pace] = {}
+
+    def alone(self) -> None:
+        """Time what one worker does with all threads: training, evaluation and the linear model's solution."""
+        self._train()
+        with self._timing("forward"):
+            training.count_correct(self.bench, self.bench.model)
+        self.paces["forward"] = Pace(0.0, self.once.pop("forward") / self.bench.facts.num_rows["test"])
+        if self._config.linear.model != "gradnet":
+            self._solve()
+        if self._facts.hidden is not None:
+            self._probe(self._facts.hidden)
+
+    def passes(self) -> None:
+        """Time what every worker does: the passes over the samples, and the linear model's sums."""
+        list(training.train_base(self.bench))
+        plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
+        sums = [self._pace("basis", partial(tasks.sum_kronecker, self.bench))[1]] if plans.with_moments else []
+        with self._timing("basis"):
+            tasks.choose_basis(self.bench, *sums)
+        _, summed = self._pace("metric", partial(tasks.sum_fisher, self.bench))
+        with self._timing("metric"):
+            tasks.fit_metric(self.bench, summed, fingerprints={})
+        self._pace("features", partial(tasks.try_features, self.bench, split="shallow", name="train"))
+        self._store()
+        self._sum()
+
+    def _train(self) -> None:
+        config, settings = self.bench.config, self._config.base
+        list(training.train_base(self.bench))
+        if settings is None:
+            return
+        found = []
+        for steps in (WARM_STEPS, WARM_STEPS + TIMED_STEPS):
+            base = settings.model_copy(update={"steps": steps, "snapshots": ()})
+            bench = Workbench(config.model_copy(update={"base": base}), self.bench.facts, str(self.bench.device))
+            start = time.perf_counter()
+            list(training.train_base(bench))
+            found.append(time.perf_counter() - start)
+        self.paces["base"] = _pace(found, (WARM_STEPS, WARM_STEPS + TIMED_STEPS))
+
+    def _pace(self, name: str, task: Callable[[Unit, int], Made]) -> Made:
+        """Run a pass on both units, the smaller one twice, the first time for what is made once."""
+        (few,), (more,) = plan_units(self._few, self._few), plan_units(self._more, self._more)
+        task(few, 1)
+        found = []
+        for unit in (few, more):
+            start = time.perf_counter()
+            made = task(unit, 1)
+            found.append(time.perf_counter() - start)
+        self.paces[name] = _pace(found, (self._few, self._more))
+        return made
+
+    def _store(self) -> None:
+        """Write the features of the larger unit, and read them back."""
+        bench, (unit,) = self.bench, plan_units(self._more, self._more)
+        spec = feature_spec(bench.config, bench.facts, "shallow", bench.metric.rank, bench.metric.feature_rms, {})
+        create_store(bench.url("features/train.zarr"), spec)
+        receipt, _ = tasks.write_features(bench, unit, 1, split="shallow", name="train")
+        seal(bench.url("features/train.zarr"), 1)
+        store = open_features(bench.url("features/train.zarr"))
+        with self._timing("read"):
+            list(shallow.linear_rows(bench, store, "all"))
+        self.paces["write"] = Pace(0.0, receipt.seconds["write"] / self._more)
+        self.paces["read"] = Pace(0.0, self.once.pop("read") / self._more)
+
+    def _sum(self) -> None:
+        """Sum a block of rows as the linear model does."""
+        columns = planning.num_columns(self._config, self._facts, self.bench.metric.rank)
+        some = min(columns, SUMMED_COLUMNS)
+        x, labels = self._random(shallow.BLOCK_ROWS, some)
+        sums = GramSum.zeros(some, self._facts.num_classes)
+        sums.add(x, labels)  # for the first time, which makes its pages
+        with self._timing("gram"):
+            sums.add(x, labels)
+        row_s = self.once.pop("gram") / shallow.BLOCK_ROWS * (columns / some) ** 2
+        self.paces["gram"] = Pace(0.0, row_s * (self._config.linear.num_stacked or 1))
+
+    def _solve(self) -> None:
+        """Solve for the grid and the chosen penalty on fewer columns, and extrapolate."""
+        linear = self._config.linear
+        rank = min(self._config.metric.rank, planning.num_coordinates(self._config, self._facts))
+        columns = planning.num_columns(self._config, self._facts, rank)
+        sizes = [columns] if columns <= MOST_COLUMNS else [MOST_COLUMNS // 2, MOST_COLUMNS]
+        paths: list[float] = []
+        fits: list[float] = []
+        for size in sizes:
+            sums = GramSum.zeros(size, self._facts.num_classes)
+            sums.add(*self._random(2 * size, size))
+            for penalties, found in ((linear.penalties, paths), (linear.penalties[:1], fits)):
+                start = time.perf_counter()
+                ridge_path(sums, penalties)
+                found.append(time.perf_counter() - start)
+        tried = len(grid(linear.ranks, linear.dampings))
+        self.once["linear"] = tried * _extrapolated(paths, sizes, columns) + _extrapolated(fits, sizes, columns)
+
+    def _probe(self, hidden: int) -> None:
+        """Time one look of the logistic probe at a block of rows."""
+        sums = GramSum.zeros(hidden, self._facts.num_classes)
+        x, labels = self._random(shallow.BLOCK_ROWS, hidden)
+        sums.add(x, labels)
+        coordinates = preconditioner(sums, self._config.linear.penalties[0])
+        start = coordinates.start()
+        for _ in range(2):
+            with self._timing("probe"):
+                sum_gradients([(x, labels)], *coordinates.raw(start), None)
+        self.paces["probe"] = Pace(0.0, self.once.pop("probe") / shallow.BLOCK_ROWS)
+
+    def _random(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(rows, columns, generator=generator)
+        return x, torch.randint(self._facts.num_classes, (rows,), generator=generator)
+
+    @contextmanager
+    def _timing(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.once[name] = time.perf_counter() - start
+
+
+def _pace(seconds: list[float], rows: tuple[int, int]) -> Pace:
+    """Return the pace of two units; where they are the same, or the larger was not slower, all counts by the row."""
+    few, more = rows
+    if more == few or seconds[1] <= seconds[0]:
+        return Pace(0.0, seconds[1] / more)
+    row_s = min((seconds[1] - seconds[0]) / (more - few), seconds[1] / more)
+    return Pace(seconds[1] - more * row_s, row_s)
+
+
+def _extrapolated(seconds: list[float], sizes: list[int], size: int) -> float:
+    """Continue a power law through the seconds of two sizes, of an exponent between a product's and a solution's."""
+    if len(sizes) == 1:
+        return seconds[0]
+    exponent = torch.tensor(seconds[1] / max(seconds[0], 1e-9)).log2().clamp(2.0, 3.0)
+    return seconds[1] * float((size / sizes[1]) ** exponent)
+
+
+def rehearse(asked: Asked) -> tuple[dict[str, float], dict[str, Pace]]:
+    """Time a part of the run.
+
+    Returns:
+        :attr:`Rehearsal.once` and :attr:`Rehearsal.paces`.
+
+    Raises:
+        FisherRayError: as the run would.
+    """
+    torch.set_num_threads(asked.threads)
+    rehearsal: Any = Rehearsal(asked)
+    getattr(rehearsal, asked.part)()
+    return rehearsal.once, rehearsal.paces
+
+
+def main() -> None:
+    """Answer one request; see the module."""
+    found: Any
+    with redirect_stdout(sys.stderr):  # a user's own network or transform may print
+        try:
+            found = rehearse(pickle.load(sys.stdin.buffer))
+        except FisherRayError as error:
+            found = error
+    sys.stdout.buffer.write(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
