@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,25 @@ def test_every_stage_leaves_what_the_design_says(undisturbed):
     events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     units = [event for event in events if event["event"] == "unit done" and event["stage"] == "features/train"]
     assert sorted(event["unit"] for event in units) == [0, 1, 2, 3, 4]
+
+
+def test_every_event_has_what_is_documented_of_it(undisturbed):
+    output, _ = undisturbed
+    text = (Path(__file__).parents[2] / "cluster/README.md").read_text()
+    rows = re.findall(r"^\| (`(?:stage|unit|note)[^|]*) \| (.*) \|$", text, flags=re.MULTILINE)
+    documented = {
+        name: set(re.findall(r"`(\w+)`", keys)) for names, keys in rows for name in re.findall("`([^`]+)`", names)
+    }
+    assert set(documented) == {"stage started", "stage done", "stage interrupted", "unit done", "note"}
+
+    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+
+    assert {event["event"] for event in events} >= {"stage started", "stage done", "unit done"}
+    for event in events:
+        told = {*event, *(event["seconds"] if event["event"] == "unit done" else [])}
+        assert told <= {"time", "event"} | documented[event["event"]], event
+    (stages,) = [keys for names, keys in rows if names == "`stage started`"]
+    assert {event["stage"] for event in events if "stage" in event} <= set(re.findall(r"`([\w/]+)`", stages))
 
 
 def test_a_finished_run_does_nothing_again(undisturbed):
