@@ -114,7 +114,8 @@ def plan(config: Config) -> dict[str, Any]:
     config = config.located()
     Storage(config.output)  # refuses what run would refuse
     facts = inspect_request(config)
-    return {**planning.describe_run(config, facts), "seconds": estimate.estimate_seconds(config, facts)}
+    environment = Session("local").worker_environment()
+    return {**planning.describe_run(config, facts), **estimate.estimate_run(config, facts, environment)}
 
 
 def _refuse_leak(config: Config, until: Until | None) -> None:

@@ -61,7 +61,7 @@ _STAGES: dict[str, tuple[Until, str]] = {
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "init": ("fisher-ray init first.yaml",),
-    "plan": ("fisher-ray plan digits.yaml --set metric.rank=128 --price-per-gpu-hour 2.50",),
+    "plan": ("fisher-ray plan digits.yaml --price-per-gpu-hour 2.50",),
     "fit-metric": ("fisher-ray fit-metric digits.yaml --output runs/other",),
     "write-features": ("fisher-ray write-features digits.yaml --set runtime.num_workers=2",),
     "train": ("fisher-ray train digits.yaml --set linear.model=logistic --quiet",),

@@ -93,7 +93,6 @@ def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
         "features/test": len(split_units(config, facts, "test")),
         "linear": sum(len(linear_units(config, facts, columns, part)) for part in ("fit", "validation")),
     }
-    num_rows, views = facts.num_rows["shallow"] + facts.num_rows["test"], config.linear.num_stacked or 1
     arrays = 4 if facts.hidden is None else 5
     metadata = 2 * (arrays + 2)  # of each array and the group, and the seal, in both stores
     file_rows = config.store.shard_rows or config.store.chunk_rows
@@ -105,9 +104,17 @@ def _describe_fisher(config: Config, facts: Facts) -> dict[str, Any]:
         "units": units,
         "micro_batch": facts.micro_batch,
         "worker_memory_bytes": _worker_bytes(config, facts, features, columns),
-        "feature_bytes": num_rows * views * features * (4 if config.store.dtype == "float32" else 2),
+        "feature_bytes": _stored_bytes(config, facts, features),
         "feature_objects": arrays * chunks + units["features/train"] + units["features/test"] + metadata,
     }
+
+
+def _stored_bytes(config: Config, facts: Facts, features: int) -> int:
+    """Return the size of both feature stores' arrays, each one's last chunk being whole, before compression."""
+    views, chunk = config.linear.num_stacked or 1, config.store.chunk_rows
+    wide = features * (4 if config.store.dtype == "float32" else 2) + 4 * (facts.hidden or 0)
+    row = views * wide + 4 * facts.num_classes + 8 + 8  # and the logits, the label and the index
+    return sum(-(-facts.num_rows[split] // chunk) * chunk * row for split in ("shallow", "test"))
 
 
 def _describe_gradnet(config: Config, facts: Facts) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
     width = sum_width(plan_compression(config.compression, facts.block_shapes), config.metric)
     factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
     scores = facts.num_classes if config.scores.labels == "all" else 1
-    linear = 8 * 4 * columns**2
+    linear = 8 * 8 * columns**2  # sums: four in the object store, and four of its own, while it solves
     if config.linear.solver == "minibatch":
         read = 4 * max(STREAMED_ROWS, config.store.chunk_rows) * (config.linear.num_stacked or 1)
         models = 8 * facts.num_classes * (len(config.linear.penalties) + STATE_COPIES)

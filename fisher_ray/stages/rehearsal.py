@@ -1,12 +1,12 @@
 """A run in miniature: the real tasks on a few rows, timed. A process of its own runs it, and asks nothing of Ray.
 
-``python -m fisher_ray.stages.rehearsal`` reads a pickled :class:`Asked` and writes what was found, pickled too, or the
-error that ended it.
+:func:`main` reads a pickled :class:`Asked`, and writes a :class:`Found`, or the error that ended it, pickled too.
 """
 
 from __future__ import annotations
 
 import pickle
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +78,7 @@ class Rehearsal:
         bench: of the run in miniature.
         once: seconds of what is done once, by name.
         paces: of what is done for each unit, by name.
+        peak_bytes: of this process's memory, after what is done without the linear model's sums.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -91,11 +92,13 @@ class Rehearsal:
         )
         runtime = asked.config.runtime.model_copy(update={"unit_rows": self._more})
         base = asked.config.base and asked.config.base.model_copy(update={"steps": WARM_STEPS, "snapshots": ()})
-        config = asked.config.model_copy(update={"runtime": runtime, "base": base})
+        store = asked.config.store.model_copy(update={"chunk_rows": self._more, "shard_rows": None})
+        config = asked.config.model_copy(update={"runtime": runtime, "base": base, "store": store})
         rows = {"shallow": self._more, "test": min(self._more, num_rows["test"])}
         self.bench = Workbench(config, replace(asked.facts, num_rows={**num_rows, **rows}), asked.device)
         self.once: dict[str, float] = {}
         self.paces: dict[str, Pace] = {}
+        self.peak_bytes = 0
 
     def alone(self) -> None:
         """Time what one worker does with all threads: training, evaluation and the linear model's solution."""
@@ -120,6 +123,7 @@ class Rehearsal:
             tasks.fit_metric(self.bench, summed, fingerprints={})
         self._pace("features", partial(tasks.try_features, self.bench, split="shallow", name="train"))
         self._store()
+        self.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._sum()
 
     def _train(self) -> None:
@@ -166,12 +170,16 @@ class Rehearsal:
         columns = planning.num_columns(self._config, self._facts, self.bench.metric.rank)
         some = min(columns, SUMMED_COLUMNS)
         x, labels = self._random(shallow.BLOCK_ROWS, some)
-        sums = GramSum.zeros(some, self._facts.num_classes)
-        sums.add(x, labels)  # for the first time, which makes its pages
-        with self._timing("gram"):
+        with self._timing("first"):
+            sums = GramSum.zeros(some, self._facts.num_classes)
+            sums.add(x, labels)  # which makes its pages, too
+        with self._timing("more"):
             sums.add(x, labels)
-        row_s = self.once.pop("gram") / shallow.BLOCK_ROWS * (columns / some) ** 2
-        self.paces["gram"] = Pace(0.0, row_s * (self._config.linear.num_stacked or 1))
+        with self._timing("merge"):  # with a copy, as those that come from other processes are
+            sums.merge(GramSum(sums.gram.copy(), sums.cross, sums.counts))
+        first, more, merge = (self.once.pop(name) for name in ("first", "more", "merge"))
+        scale, views = (columns / some) ** 2, self._config.linear.num_stacked or 1
+        self.paces["gram"] = Pace(scale * (max(0.0, first - more) + merge), scale * views * more / shallow.BLOCK_ROWS)
 
     def _solve(self) -> None:
         """Solve for the grid and the chosen penalty on fewer columns, and extrapolate."""
@@ -232,11 +240,17 @@ def _extrapolated(seconds: list[float], sizes: list[int], size: int) -> float:
     return seconds[1] * float((size / sizes[1]) ** exponent)
 
 
-def rehearse(asked: Asked) -> tuple[dict[str, float], dict[str, Pace]]:
-    """Time a part of the run.
+@dataclass(frozen=True)
+class Found:
+    """What a rehearsal found: see :class:`Rehearsal`."""
 
-    Returns:
-        :attr:`Rehearsal.once` and :attr:`Rehearsal.paces`.
+    once: dict[str, float]
+    paces: dict[str, Pace]
+    peak_bytes: int = 0
+
+
+def rehearse(asked: Asked) -> Found:
+    """Time a part of the run.
 
     Raises:
         FisherRayError: as the run would.
@@ -244,7 +258,7 @@ def rehearse(asked: Asked) -> tuple[dict[str, float], dict[str, Pace]]:
     torch.set_num_threads(asked.threads)
     rehearsal: Any = Rehearsal(asked)
     getattr(rehearsal, asked.part)()
-    return rehearsal.once, rehearsal.paces
+    return Found(rehearsal.once, rehearsal.paces, rehearsal.peak_bytes)
 
 
 def main() -> None:
@@ -256,7 +270,3 @@ def main() -> None:
         except FisherRayError as error:
             found = error
     sys.stdout.buffer.write(pickle.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

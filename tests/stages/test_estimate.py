@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fisher_ray.errors import DataError, WorkersLostError
+from fisher_ray.runtime import Session
 from fisher_ray.stages import estimate, planning, rehearsal
-from fisher_ray.stages.rehearsal import Asked, Pace
+from fisher_ray.stages.rehearsal import Asked, Found, Pace
 from tests.stages.small_runs import small_bench, small_config, write_pictures
 
 STAGES = ["base", "basis", "metric", "features/train", "features/test", "linear", "linear_probe", "trained_on"]
@@ -39,9 +40,9 @@ def test_a_solution_is_extrapolated_by_a_power_law(exponent, used):
 
 def shares(tmp_path, workers, paces, **sections):
     bench = small_bench(tmp_path, **sections)
-    rehearsed = [({"basis": 1.0, "metric": 2.0}, dict.fromkeys(NAMES, pace)) for pace in paces]
-    alone = {"probe": Pace(0.0, 0.01), "forward": Pace(0.0, 0.5)}
-    return bench, estimate._Shares(bench.config, bench.facts, workers, {"linear": 5.0}, alone, rehearsed), alone
+    rehearsed = [Found({"basis": 1.0, "metric": 2.0}, dict.fromkeys(NAMES, pace)) for pace in paces]
+    alone = Found({"linear": 5.0}, {"probe": Pace(0.0, 0.01), "forward": Pace(0.0, 0.5)})
+    return bench, estimate._Shares(bench.config, bench.facts, workers, alone, rehearsed), alone
 
 
 NAMES = ("basis", "metric", "features", "write", "read", "gram")
@@ -68,7 +69,7 @@ def test_the_stages_are_made_up_of_passes_and_of_what_is_done_once(tmp_path):
     assert stages["linear"] == pytest.approx(2 * (1.0 + 1.0) + 5.0)
     fits = len(bench.config.linear.penalties) + 1
     assert stages["linear_probe"] == pytest.approx(fits * estimate.PROBE_LOOKS * 0.7)
-    on = estimate._trained_on(bench.config, bench.facts, stages, alone)
+    on = estimate._trained_on(bench.config, bench.facts, stages, alone.paces)
     assert on["trained_on"] == pytest.approx(4.0 + 5.0 + 6.0 + stages["linear"] + 42 * 0.5)
 
 
@@ -77,8 +78,10 @@ def test_a_rehearsal_tells_every_stage_and_leaves_nothing_behind(tmp_path):
     before = sorted(path.name for path in tmp_path.rglob("*"))
     threads, state = torch.get_num_threads(), torch.get_rng_state()
 
-    found = estimate.estimate_seconds(bench.config, bench.facts)
+    planned = estimate.estimate_run(bench.config, bench.facts, Session("local").worker_environment())
 
+    found = planned["seconds"]
+    assert 2**26 < planned["worker_peak_bytes"] < 2**31
     assert list(found) == [*STAGES, "total", "workers", "device"]
     assert all(math.isfinite(found[name]) and found[name] >= 0 for name in (*STAGES, "total"))
     assert found["total"] == pytest.approx(sum(found[name] for name in STAGES), abs=0.5)
@@ -93,21 +96,21 @@ def test_what_a_rehearsal_times_took_time(tmp_path, part):
     bench = small_bench(tmp_path)
     config = bench.config.model_copy(update={"output": str(tmp_path / "rehearsed")})
 
-    once, paces = rehearsal.rehearse(Asked(config, bench.facts, part, torch.get_num_threads(), "cpu"))
+    found = rehearsal.rehearse(Asked(config, bench.facts, part, torch.get_num_threads(), "cpu"))
 
     names = {"alone": ["linear"], "passes": ["basis", "metric"]}
-    assert sorted(once) == names[part]
+    assert sorted(found.once) == names[part]
     expected = {"alone": ["base", "forward", "probe"], "passes": sorted(NAMES)}
-    assert sorted(paces) == expected[part]
-    assert all(seconds > 0 for seconds in once.values())
-    assert all(pace.row_s > 0 and pace.unit_s >= 0 for pace in paces.values())
+    assert sorted(found.paces) == expected[part]
+    assert all(seconds > 0 for seconds in found.once.values())
+    assert all(pace.row_s > 0 and pace.unit_s >= 0 for pace in found.paces.values())
 
 
 def test_a_bad_row_is_told_as_a_run_would_tell_it(tmp_path):
     bench = small_bench(tmp_path, bad=(5,))
 
     with pytest.raises(DataError, match=r"data\.shallow row 5"):
-        estimate.estimate_seconds(bench.config, bench.facts)
+        estimate.estimate_run(bench.config, bench.facts, {})
 
 
 def test_a_rehearsal_that_dies_is_told(tmp_path, monkeypatch):
@@ -118,4 +121,4 @@ def test_a_rehearsal_that_dies_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("dying", "1")
 
     with pytest.raises(WorkersLostError, match=r"ended with code 7: the end"):
-        estimate.estimate_seconds(config.model_copy(update={"data": data}), facts)
+        estimate.estimate_run(config.model_copy(update={"data": data}), facts, Session("local").worker_environment())

@@ -83,9 +83,9 @@ def test_a_plan_counts_what_a_run_then_writes(tmp_path):
     assert bench.metric.rank == 7
     sizes = Storage(bench.url("features")).sizes()
     assert planned["feature_objects"] == len(sizes)
-    assert planned["feature_bytes"] == (70 + 42) * 3 * 7 * 2
-    chunks = sum(size for name, size in sizes.items() if "/features/c/" in name)
-    assert planned["feature_bytes"] <= chunks <= planned["feature_bytes"] * 1.1 + 16 * 8 * 3 * 7 * 2
+    assert planned["feature_bytes"] == (72 + 48) * (3 * 7 * 2 + 5 * 4 + 3 * 4 + 8 + 8)  # in chunks of eight rows
+    chunks = [size for name, size in sizes.items() if "/c/" in name]
+    assert planned["feature_bytes"] == sum(chunks) - 4 * len(chunks)  # a checksum each
     assert planned["linear_columns"] == 3 * 7 + 5
     assert (planned["compressed_coordinates"], planned["features_per_sample"]) == (12, 21)
 
