@@ -26,6 +26,7 @@ from fisher_ray.stages import (
     Facts,
     compression,
     estimate,
+    examples,
     inspect_request,
     minibatch,
     planning,
@@ -289,14 +290,23 @@ class _Run(GradNetStages):
         shallow_s = sum(map(self._journal.seconds, self.GRADNET_STAGES if self._alone else fisher))
         return self._solo("trained_on", training.train_on, seconds=shallow_s if asked == "auto" else asked)
 
+    def _evaluate(self) -> dict[str, Any]:
+        return {**self._solo("report", shallow.evaluate), **self._solo("report", examples.show_examples)}
+
+    def _pictures(self, shown: list[dict[str, Any]]) -> dict[str, bytes]:
+        rows = [("test", item["row"]) for item in shown]
+        rows += [("shallow", near["row"]) for item in shown for near in item["nearest"]]
+        read = self._storage.read_bytes
+        return {f"{split}-{row}": read(examples.picture_name(split, row)) for split, row in dict.fromkeys(rows)}
+
     def _write_report(self) -> dict[str, Any]:
-        counts = self._journal.result("gradnet/test") if self._alone else self._solo("report", shallow.evaluate)
+        counts = self._journal.result("gradnet/test") if self._alone else self._evaluate()
         stages = {**self._journal.results(), "report": {"result": counts}}
         stores = {"shallow": ENTRIES, "test": PREDICTIONS} if self._alone else FISHER_STORES
         skipped = {split: open_features(self._url(name)).skipped for split, name in stores.items()}
         num_halvings = self._journal.total("unit done", "num_halvings")
         units = self._journal.events("unit done")
-        told = (num_halvings, self._facts.class_names, units)
+        told = (num_halvings, self._facts.class_names, units, self._pictures(counts.get("examples", [])))
         results, details = report.summarise(self._config, stages, _versions(), skipped, *told)
         details["config"] = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
         self._check()

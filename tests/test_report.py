@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -25,6 +26,15 @@ RESULTS = {
     "seconds": {"base": 41.2, "metric": 14.8, "features": 72.5, "linear": 61.3, "trained_on": 148.7},
     "samples_per_second": {"metric": 168.9, "features": 482.8},
 }
+
+
+def picture():
+    raw = io.BytesIO()
+    Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).save(raw, "PNG")
+    return raw.getvalue()
+
+
+PICTURE = picture()
 DETAILS = {
     "metric": {
         "dim": 2048,
@@ -54,6 +64,19 @@ DETAILS = {
         "fisher_linear": [[80, 15, 5], [10, 90, 0], [0, 0, 0]],
     },
     "class_names": ("cat", "dog", "eel"),
+    "examples": [
+        {
+            "kind": kind,
+            "row": row,
+            "label": 0,
+            "taken": taken,
+            "probability": 0.987,
+            "nearest": [{"row": 7, "label": 1, "cosine": 0.51}, {"row": 8, "label": 2, "cosine": 0.5}],
+        }
+        for kind, row, taken in (("wrong", 4321, 1), ("most", 12, 0))
+    ],
+    "searched": 25_000,
+    "pictures": dict.fromkeys(("test-4321", "test-12", "shallow-7", "shallow-8"), PICTURE),
     "workers": [
         {"worker": "a (pid 1, cpu)", "units": 12, "rows": 12_288, "seconds": 25.6, "retries": 0},
         {"worker": "b (pid 2, cpu)", "units": 13, "rows": 13_000, "seconds": 26.0, "retries": 1},
@@ -86,7 +109,7 @@ class Outline(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        if tag != "meta":
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
         self.handle_startendtag(tag, attrs)
 
@@ -138,7 +161,7 @@ def test_the_page_is_well_formed_with_unique_ids_and_asks_for_nothing_from_elsew
     text = page(tmp_path)
     outline = Outline(text)
     assert len(outline.ids) == len(set(outline.ids)) > 10
-    inside = {address for address in outline.addresses if not address.startswith("data:text/csv")}
+    inside = {address for address in outline.addresses if not address.startswith(("data:text/csv", "data:image/png"))}
     assert {address.lstrip("#") for address in inside} <= set(outline.ids)
     assert not re.search(r"@import|url\((?!#)|<script|<link", text)
 
@@ -152,6 +175,23 @@ def test_every_figure_says_in_words_what_it_shows(tmp_path):
     assert any("1024 eigenvalues from 2.5 to 0.0003" in label and "damping 0.0021" in label for label in labels)
     assert any("conv1 from 2; head from 0.5" in label for label in labels)
     assert any("features 72.5 s" in label for label in labels)
+
+
+def test_examples_are_shown_with_their_nearest_in_words_and_pictures(tmp_path):
+    text = page(tmp_path)
+    assert text.count("<h3>") == 2
+    shown = Outline(text)
+    assert "Most certain, and wrong" in shown.text
+    assert "Least certain" not in shown.text
+    assert "among 25,000 training rows" in shown.text
+    assert "Test row 4,321: cat, taken for dog with 98.7 %." in shown.text
+    pictures = re.findall(r'<img class="(?:asked|near)" src="data:image/png;base64,([^"]+)" alt="([^"]+)">', text)
+    assert len(pictures) == text.count("<img") == 6
+    assert {b64decode(raw) for raw, _ in pictures} == {PICTURE}
+    assert [alt for _, alt in pictures[:3]] == [
+        *("test row 4321: cat, taken for dog", "training row 7: dog", "training row 8: eel")
+    ]
+    assert "Pictures" not in page(tmp_path, details={**DETAILS, "examples": []})
 
 
 def tables_as_csv(text):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fisher_ray.report.comparison import LABELS, compare, conditions, percent, seconds, shallow_key
+from fisher_ray.report.examples import picture_grid
 from fisher_ray.report.table import COLUMNS
 from fisher_ray.storage import Storage
 
@@ -32,6 +33,9 @@ _METRIC = {
     "condition": ("condition number, damped", ".3g"),
 }
 """Of a metric's summary, what is listed, how it is called and written."""
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What the page may load: nothing from elsewhere, and no script."""
 
 _CSS = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
@@ -56,6 +60,12 @@ th { font-weight: 600; } tbody th { font-weight: 400; } td { font-variant-numeri
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem 2.5rem; }
 figure { margin: 0; max-width: 34rem; } figure svg { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .3rem; } pre { background: var(--tint); padding: 1rem; overflow-x: auto; font-size: .85rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.25rem 2rem; }
+.strip { display: flex; gap: .6rem; align-items: flex-start; } .strip div { min-width: 0; text-align: center; }
+.strip img { display: block; image-rendering: pixelated; object-fit: contain; background: var(--tint); }
+.asked { width: 6rem; height: 6rem; margin-right: .5rem; } .near { width: 3.75rem; height: 3.75rem; margin: auto; }
+.strip span { color: var(--soft); font-size: .8rem; line-height: 1.25; }
 summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }
 @media (max-width: 32rem) { th, td { padding-right: .6rem; font-size: .9rem; } }
 """
@@ -72,7 +82,8 @@ def write_report(storage: Storage, results: Mapping[str, Any], details: Mapping[
             ``seconds`` by stage, ``config`` (text), ``layers`` (of ``name``, ``coordinates``, ``shape``), ``skipped``
             (of ``split``, ``row``, ``reason``), ``num_halvings``, ``intervals`` by model, ``verdict``, ``environment``,
             ``confusion`` (by model, ``(C, C)``), ``class_names``, ``workers`` (of ``worker``, ``units``, ``rows``,
-            ``seconds``, ``retries``).
+            ``seconds``, ``retries``), ``examples`` and ``searched`` (of
+            :func:`fisher_ray.stages.examples.show_examples`), ``pictures`` (of theirs, PNG by ``SPLIT-ROW``).
 
     Raises:
         ValueError: if a result is NaN or infinite, which JSON cannot hold.
@@ -95,6 +106,7 @@ def render_page(results: Mapping[str, Any], details: Mapping[str, Any]) -> tuple
         _comparison(results, details),
         figure_section(drawings),
         by_class,
+        _examples(results, details),
         _run(results, details),
         _skipped(details.get("skipped") or []),
         _background(details),
@@ -116,7 +128,7 @@ def document(title: str, lead: str, parts: Iterable[str]) -> str:
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>fisher_ray: {escape(name)}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         f"<style>{_CSS}</style></head><body><main>",
         f"<header><h1>{escape(title)}</h1>{lead}</header>",
         *parts,
@@ -166,6 +178,16 @@ def _classes(results: Mapping[str, Any], details: Mapping[str, Any]) -> tuple[st
     drawn = [classes.confusions(confusion[shallow], names, LABELS[shallow])] if few_enough else []
     markup = f"{figure_grid(drawn)}{table(head, rows, caption, kind='numbers')}"
     return f"<section><h2>Classes</h2>{markup}</section>", drawn
+
+
+def _examples(results: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+    from fisher_ray.report.classes import class_names
+
+    examples = details.get("examples") or []
+    known = {item[key] for item in examples for key in ("label", "taken")}
+    known |= {near["label"] for item in examples for near in item["nearest"]}
+    names = class_names(max(known, default=0) + 1, details.get("class_names"))
+    return picture_grid(examples, details.get("pictures") or {}, names, details.get("searched") or 0)
 
 
 def figure_section(drawings: Sequence[Drawing]) -> str:

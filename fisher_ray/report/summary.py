@@ -29,6 +29,7 @@ def summarise(
     num_halvings: int = 0,
     class_names: Sequence[str] | None = None,
     units: Iterable[Mapping[str, Any]] = (),
+    pictures: Mapping[str, bytes] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of ``results.json``, and the details for the page.
 
@@ -41,6 +42,7 @@ def summarise(
         num_halvings: how often a micro-batch was cut for want of memory.
         class_names: of the labels, where the samples' source has them.
         units: the finished ones, as the events tell of them.
+        pictures: of the examples, PNG by ``SPLIT-ROW``.
     """
     counts = stages["report"]["result"]
     metric, linear, tested = (stages.get(name, {}).get("result", {}) for name in ("metric", "linear", "gradnet/test"))
@@ -81,6 +83,8 @@ def summarise(
         ],
         "num_halvings": num_halvings,
         "confusion": counts.get("confusion"),
+        **{name: counts.get(name) for name in ("examples", "searched")},
+        "pictures": pictures,
         "class_names": class_names,
         "workers": _workers(units),
         "environment": {**versions, "machine": f"{platform.node()}, {os.cpu_count()} cores, {platform.machine()}"},
