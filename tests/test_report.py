@@ -238,6 +238,14 @@ def test_workers_are_told_with_their_rates(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("given", "shown"), [("\u732b", "\u732b"), ("a\x00b", "a\ufffdb"), ("$x_1$", "$x_1$")])
+def test_class_names_of_any_letters_are_drawn(tmp_path, given, shown):
+    text = page(tmp_path, details={**DETAILS, "class_names": (given, "dog", "eel")})
+    assert f">{shown}<" in text
+    drawn = ElementTree.parse(tmp_path / "report/figures/confusions.svg")
+    assert shown in {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}
+
+
 def test_figures_take_their_colours_from_the_theme(tmp_path):
     figures = "".join(re.findall(r"<svg.*?</svg>", page(tmp_path), flags=re.DOTALL))
     assert "var(--accent)" in figures

@@ -206,7 +206,15 @@ def plan(
             each = settings.runtime.gpus_per_worker
             gpus = found["seconds"]["workers"] * (1.0 if each == "auto" else each)
             found["price"] = round(found["seconds"]["total"] / 3600 * gpus * price, 2)
+            _warn_of_price(found["seconds"])
         _print_mapping(found)
+
+
+def _warn_of_price(seconds: dict[str, Any]) -> None:
+    if seconds["device"] != "cuda":
+        typer.echo("note: the price is of seconds measured without a GPU; plan where there is one.", err=True)
+    if missing := seconds["not_estimated"]:
+        typer.echo(f"note: the price leaves out what cannot be known before: {', '.join(missing)}.", err=True)
 
 
 def verify(url: RunArgument, repair: Repair = False, debug: Debug = False) -> None:

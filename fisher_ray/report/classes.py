@@ -21,7 +21,8 @@ MOST_LISTED = 50
 def class_names(num_classes: int, names: Sequence[str] | None) -> list[str]:
     """Return what the classes are called: their names where the samples' source has them, else their numbers."""
     found = [str(number) for number in range(num_classes)]
-    given = [name.encode(errors="replace").decode() for name in names or ()]  # folders may have names that are no text
+    texts = (name.encode(errors="replace").decode() for name in names or ())  # folders may have names that are no text
+    given = ["".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text) for text in texts]
     return [*given, *found[len(given) :]][:num_classes]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -85,9 +86,10 @@ def finish(figure: Figure, name: str, caption: str, description: str) -> Drawing
         description: what it shows in words and numbers.
     """
     vector, pixels = io.BytesIO(), io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has others
         figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
-    figure.savefig(pixels, format="png", metadata={"Software": None, "Description": description})
+        figure.savefig(pixels, format="png", metadata={"Software": None, "Description": description})
     markup = _inline(vector.getvalue().decode(), name, description)
     return Drawing(name, caption, markup, vector.getvalue(), pixels.getvalue())
 

@@ -95,9 +95,7 @@ class Session:
         self._knock()
         connected = ray.get_runtime_context().gcs_address
         its_host, _, its_port = connected.rpartition(":")
-        found = {socket.getaddrinfo(name.strip("[]"), None)[0][4][0] for name in (host, its_host)}
-        hosts = {name for name in found if not ip_address(name).is_loopback}  # loopback is this machine's own
-        if port != its_port or len(hosts) > 1:
+        if port != its_port or _numeric(host) != _numeric(its_host):
             raise ConfigError(
                 f"--address {self._asked!r} is not the cluster that this process is connected to, {connected}. Leave "
                 "the address out, or call ray.shutdown() first."
@@ -110,7 +108,7 @@ class Session:
             return
         try:
             socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise WorkersLostError(
                 f"nobody listens at {self._address!r}: {error}. Start the cluster, correct --address or RAY_ADDRESS, "
                 "or leave both out to run in this process."
@@ -129,6 +127,17 @@ class Session:
             parts = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
             found["PYTHONPATH"] = os.pathsep.join(parts)
         return found
+
+
+def _numeric(host: str) -> str:
+    """Return a host's address, that of this machine for a loopback one, or its name where it has none."""
+    try:
+        found = str(socket.getaddrinfo(host.strip("[]"), None)[0][4][0])
+    except (OSError, UnicodeError):
+        return host
+    if ip_address(found).is_loopback:
+        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return found
 
 
 @contextmanager

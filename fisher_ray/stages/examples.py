@@ -40,8 +40,8 @@ def show_examples(bench: Workbench) -> dict[str, Any]:
         return {"examples": [], "searched": 0}
     found, _ = load_arrays(bench.url("linear/predictions.zarr"))
     weights = load_weights(bench.url("linear/weights.zarr"))
-    probabilities = weights.to_probabilities(torch.from_numpy(found["fisher_linear"]))
-    examples = choose(probabilities, torch.from_numpy(found["labels"]), torch.from_numpy(found["index"]))
+    scores = torch.from_numpy(found["fisher_linear"]).double() / weights.temperature
+    examples = choose(scores, torch.from_numpy(found["labels"]), torch.from_numpy(found["index"]))
     train = train_store(bench)
     searched = range(min(train.num_rows, SEARCHED_ROWS))
     test = open_features(bench.url("features/test.zarr"))
@@ -56,16 +56,18 @@ def show_examples(bench: Workbench) -> dict[str, Any]:
     return {"examples": examples, "searched": len(searched)}
 
 
-def choose(probabilities: Tensor, labels: Tensor, index: Tensor) -> list[dict[str, Any]]:
+def choose(scores: Tensor, labels: Tensor, index: Tensor) -> list[dict[str, Any]]:
     """Return the samples to be shown, each once.
 
     Args:
-        probabilities: ``(N, C)``.
+        scores: whose softmax the probabilities are, float64 ``(N, C)``.
         labels: ``(N,)``.
         index: of the samples, ``(N,)``.
     """
-    certainty, taken = probabilities.max(dim=1)
-    order = torch.argsort(certainty, descending=True, stable=True).tolist()
+    best, taken = scores.max(dim=1)
+    others = scores.scatter(1, taken.unsqueeze(1), -torch.inf).logsumexp(dim=1)
+    odds = best - others  # their logarithm, which tells apart what is 1 as a probability
+    order = torch.argsort(odds, descending=True, stable=True).tolist()
     wrong = [place for place in order if taken[place] != labels[place]]
     chosen: dict[int, str] = {}
     for kind, places in (("wrong", wrong), ("least", order[::-1]), ("most", order)):
@@ -77,7 +79,7 @@ def choose(probabilities: Tensor, labels: Tensor, index: Tensor) -> list[dict[st
             "row": int(index[place]),
             "label": int(labels[place]),
             "taken": int(taken[place]),
-            "probability": float(certainty[place]),
+            "probability": float(odds[place].sigmoid()),
         }
         for place, kind in chosen.items()
     ]
@@ -91,7 +93,7 @@ def _rows(store: FeatureStore, rows: range) -> Iterator[dict[str, Tensor]]:
 
 
 def _nearest(store: FeatureStore, rows: range, queries: Tensor) -> list[list[dict[str, Any]]]:
-    """Return the rows nearest to each of the queries ``(Q, F)``, the nearest first."""
+    """Return the rows nearest to each of the queries ``(Q, F)``, the nearest first; none to one that is zero."""
     best: list[list[tuple[float, int, int]]] = [[] for _ in queries]
     for block in _rows(store, rows):
         cosines, places = (queries @ block["x"].mT).topk(min(NUM_NEAREST, len(block["x"])), dim=1)
@@ -103,14 +105,16 @@ def _nearest(store: FeatureStore, rows: range, queries: Tensor) -> list[list[dic
     names = ("row", "label")
     return [
         [{**dict(zip(names, rest, strict=True)), "cosine": -value} for value, *rest in sorted(found)[:NUM_NEAREST]]
-        for found in best
+        if query.any()
+        else []
+        for found, query in zip(best, queries, strict=True)
     ]
 
 
 def _draw(bench: Workbench, split: str, row: int) -> None:
     """Write a sample as the network is given it, its values stretched from black to white."""
     batches = load_batches(bench.source(split), range(row, row + 1), 1, num_classes=None)
-    inputs = next(batches).inputs[0]
+    inputs = next(batches).inputs[0].double()
     batches.close()
     low, high = inputs.min(), inputs.max()
     pixels = ((inputs - low) / (high - low).clamp_min(torch.finfo(inputs.dtype).tiny) * 255).round().byte()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,21 +54,17 @@ def load_checkpoint(model: nn.Module, path: str) -> None:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose message is a page on how to load it all the same
-        reason = str(error.__context__ or error).split(". ")[0].strip()
-        if "Unsupported global" in reason or "Unsupported class" in reason:
+    except Exception as error:
+        # torch's own messages end in a page on how to load it all the same
+        reason = " ".join(str(error.__context__ or error).partition("weights_only")[0].split(". ")[0].split())
+        if isinstance(error, pickle.UnpicklingError) and re.search("unsupported (global|class)", reason, re.IGNORECASE):
             raise ModelError(
                 f"model.checkpoint: {path} holds other objects than tensors, which would run code when they are read "
                 f"({reason}). Save the state dict alone: torch.save(model.state_dict(), path)."
             ) from error
         raise ModelError(
-            f"model.checkpoint: {path} cannot be read: {reason}. Give a state dict as safetensors, or as torch.save "
-            "wrote it."
-        ) from error
-    except Exception as error:
-        raise ModelError(
-            f"model.checkpoint: {path} cannot be read: {type(error).__name__}: {error}. "
-            "Give a state dict as safetensors, or as a torch file without other objects in it."
+            f"model.checkpoint: {path} cannot be read: {type(error).__name__}: {reason}. Give a state dict as "
+            "safetensors, or as torch.save wrote it."
         ) from error
     load_state(model, state, f"model.checkpoint: {path}")
 

@@ -1,25 +1,28 @@
 """A run in miniature: the real tasks on a few rows, timed. A process of its own runs it, and asks nothing of Ray.
 
-:func:`main` reads a pickled :class:`Asked`, and writes a :class:`Found`, or the error that ended it, pickled too.
+:func:`main` reads a pickled :class:`Asked` from ``NAME.asked``, and writes a :class:`Found`, or the error that ended
+it, to ``NAME.found``.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from fisher_ray.config import Config
+from fisher_ray.config import BaseConfig, Config
 from fisher_ray.data import plan_units
-from fisher_ray.errors import FisherRayError
+from fisher_ray.errors import DataError, FisherRayError
 from fisher_ray.linear import GramSum, grid, preconditioner, ridge_path, sum_gradients
 from fisher_ray.records import Unit
 from fisher_ray.stages import compression, planning, shallow, tasks, training
@@ -32,6 +35,8 @@ WARM_STEPS, TIMED_STEPS = 3, 15
 """Of training."""
 BATCHES = 3
 """Micro-batches of the larger of the two units that a pass is timed on."""
+PLACES = 8
+"""Places of a split that rows are taken from, one after the other, until enough are good."""
 MOST_COLUMNS = 2048
 """Columns of the linear model that its solution is timed on, and half of them; of more it is extrapolated."""
 SUMMED_COLUMNS = 8192
@@ -91,11 +96,12 @@ class Rehearsal:
             for batches in (1, BATCHES)
         )
         runtime = asked.config.runtime.model_copy(update={"unit_rows": self._more})
-        base = asked.config.base and asked.config.base.model_copy(update={"steps": WARM_STEPS, "snapshots": ()})
+        base = asked.config.base and self._trained(WARM_STEPS)
         store = asked.config.store.model_copy(update={"chunk_rows": self._more, "shard_rows": None})
-        config = asked.config.model_copy(update={"runtime": runtime, "base": base, "store": store})
+        self._small = asked.config.model_copy(update={"runtime": runtime, "base": base, "store": store})
         rows = {"shallow": self._more, "test": min(self._more, num_rows["test"])}
-        self.bench = Workbench(config, replace(asked.facts, num_rows={**num_rows, **rows}), asked.device)
+        facts = replace(asked.facts, num_rows={**num_rows, **rows})
+        self.bench = Workbench(self._small, facts, asked.device)
         self.once: dict[str, float] = {}
         self.paces: dict[str, Pace] = {}
         self.peak_bytes = 0
@@ -106,13 +112,41 @@ class Rehearsal:
         with self._timing("forward"):
             training.count_correct(self.bench, self.bench.model)
         self.paces["forward"] = Pace(0.0, self.once.pop("forward") / self.bench.facts.num_rows["test"])
-        if self._config.linear.model != "gradnet":
+        if self._config.linear.model == "ridge":  # how often the others look at the rows is for the run to find out
             self._solve()
         if self._facts.hidden is not None:
             self._probe(self._facts.hidden)
 
     def passes(self) -> None:
-        """Time what every worker does: the passes over the samples, and the linear model's sums."""
+        """Time what every worker does: the passes over the samples, and the linear model's sums.
+
+        Where bad rows are left out, and too few of the first ones remain, those further on are taken.
+        """
+        places = PLACES if self._config.data.on_error == "skip" else 1
+        failed: DataError | None = None
+        for place in range(places):
+            try:
+                self._move(place)
+                return self._passes()
+            except DataError as error:
+                failed = failed or error
+        assert failed is not None
+        raise failed
+
+    def _move(self, place: int) -> None:
+        """Begin anew with rows further on."""
+        if place == 0:
+            return
+        num_rows, section = self._facts.num_rows["shallow"], self._small.data.shallow
+        first = (section.rows or (0, num_rows))[0]
+        start = min(place * num_rows // PLACES, num_rows - self._more)
+        shallow = section.model_copy(update={"rows": (first + start, first + num_rows)})
+        data = self._small.data.model_copy(update={"shallow": shallow})
+        output = f"{self._small.output}/{place}"
+        config = self._small.model_copy(update={"data": data, "output": output})
+        self.bench = Workbench(config, self.bench.facts, str(self.bench.device))
+
+    def _passes(self) -> None:
         list(training.train_base(self.bench))
         plans = compression.plan(self._config.compression, self._config.metric, self._facts.block_shapes)
         sums = [self._pace("basis", partial(tasks.sum_kronecker, self.bench))[1]] if plans.with_moments else []
@@ -123,7 +157,7 @@ class Rehearsal:
             tasks.fit_metric(self.bench, summed, fingerprints={})
         self._pace("features", partial(tasks.try_features, self.bench, split="shallow", name="train"))
         self._store()
-        self.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.peak_bytes = _peak_bytes()
         self._sum()
 
     def _train(self) -> None:
@@ -132,13 +166,18 @@ class Rehearsal:
         if settings is None:
             return
         found = []
-        for steps in (WARM_STEPS, WARM_STEPS + TIMED_STEPS):
-            base = settings.model_copy(update={"steps": steps, "snapshots": ()})
+        few, more = (self._trained(steps) for steps in (WARM_STEPS, WARM_STEPS + TIMED_STEPS))
+        for base in (few, more):
             bench = Workbench(config.model_copy(update={"base": base}), self.bench.facts, str(self.bench.device))
             start = time.perf_counter()
             list(training.train_base(bench))
             found.append(time.perf_counter() - start)
-        self.paces["base"] = _pace(found, (WARM_STEPS, WARM_STEPS + TIMED_STEPS))
+        self.paces["base"] = _pace(found, (few.steps, more.steps))
+
+    def _trained(self, steps: int) -> BaseConfig:
+        settings = self._config.base
+        assert settings is not None
+        return settings.model_copy(update={"steps": min(steps, settings.steps), "snapshots": ()})
 
     def _pace(self, name: str, task: Callable[[Unit, int], Made]) -> Made:
         """Run a pass on both units, the smaller one twice, the first time for what is made once."""
@@ -261,12 +300,29 @@ def rehearse(asked: Asked) -> Found:
     return Found(rehearsal.once, rehearsal.paces, rehearsal.peak_bytes)
 
 
-def main() -> None:
-    """Answer one request; see the module."""
-    found: Any
-    with redirect_stdout(sys.stderr):  # a user's own network or transform may print
-        try:
-            found = rehearse(pickle.load(sys.stdin.buffer))
-        except FisherRayError as error:
-            found = error
-    sys.stdout.buffer.write(pickle.dumps(found))
+def main(name: str) -> None:
+    """Answer one request; see the module. Ends with whoever holds the other end of the standard input."""
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    found: Found | FisherRayError
+    with open(f"{name}.asked", "rb") as file:
+        asked = pickle.load(file)
+    try:
+        found = rehearse(asked)
+    except FisherRayError as error:
+        found = error
+    with open(f"{name}.found", "wb") as file:
+        pickle.dump(found, file)
+
+
+def _end_with_input() -> None:
+    while os.read(0, 1):  # not by sys.stdin, whose lock would be held when the process ends
+        pass
+    os._exit(1)
+
+
+def _peak_bytes() -> int:
+    """Return the most that this process has held; ``ru_maxrss`` would count what the one that started it held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes where there is no /proc

@@ -43,3 +43,18 @@ def test_no_address_of_one_cluster_means_the_one_that_it_is_connected_to(address
     Session(address).connect()
 
     assert ray.is_initialized()
+
+
+def test_a_loopback_address_is_this_machines_and_no_others(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        context = type("Context", (), {"gcs_address": f"192.0.2.7:{port}"})
+        monkeypatch.setattr(ray, "get_runtime_context", context)
+        with pytest.raises(ConfigError, match=rf"connected to, 192\.0\.2\.7:{port}"):
+            Session(f"localhost:{port}").connect()
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+def test_a_host_that_cannot_be_one_is_told(host):
+    with pytest.raises(WorkersLostError, match="nobody listens"):
+        Session(f"{host}:6379").connect()

@@ -1,6 +1,11 @@
 import math
 import os
+import pickle
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +15,43 @@ from fisher_ray.errors import DataError, WorkersLostError
 from fisher_ray.runtime import Session
 from fisher_ray.stages import estimate, planning, rehearsal
 from fisher_ray.stages.rehearsal import Asked, Found, Pace
-from tests.stages.small_runs import small_bench, small_config, write_pictures
+from tests.stages.small_runs import NUM_CLASSES, small_bench, small_config
 
+LOUD = """
+import os
+import torch
+
+def change(x, generator):
+    os.write(1, b"a word")
+    os.system("echo another")
+    return torch.from_numpy(x)
+"""
 STAGES = ["base", "basis", "metric", "features/train", "features/test", "linear", "linear_probe", "trained_on"]
 
 
+class Raising(torch.nn.Module):
+    """Raises while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(12, NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise KeyError("no such mode")
+        return self.fc(x.flatten(1))
+
+
+def sleeping(array: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
+    if "SLEEPING" in os.environ:
+        Path(os.environ["SLEEPING"]).write_text(str(os.getpid()))
+        time.sleep(600)
+    return torch.from_numpy(array)
+
+
 def dying(array: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
-    if "dying" in os.environ:
-        print("the end", file=sys.stderr)
-        os._exit(7)
+    if "DYING" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
     return torch.from_numpy(array)
 
 
@@ -82,7 +115,7 @@ def test_a_rehearsal_tells_every_stage_and_leaves_nothing_behind(tmp_path):
 
     found = planned["seconds"]
     assert 2**26 < planned["worker_peak_bytes"] < 2**31
-    assert list(found) == [*STAGES, "total", "workers", "device"]
+    assert list(found) == [*STAGES, "total", "workers", "device", "not_estimated"]
     assert all(math.isfinite(found[name]) and found[name] >= 0 for name in (*STAGES, "total"))
     assert found["total"] == pytest.approx(sum(found[name] for name in STAGES), abs=0.5)
     assert found["workers"] == 2
@@ -113,12 +146,121 @@ def test_a_bad_row_is_told_as_a_run_would_tell_it(tmp_path):
         estimate.estimate_run(bench.config, bench.facts, {})
 
 
-def test_a_rehearsal_that_dies_is_told(tmp_path, monkeypatch):
-    write_pictures(tmp_path)
-    config = small_config(tmp_path)
-    facts = small_bench(tmp_path).facts
-    data = config.data.model_copy(update={"transform": "tests.stages.test_estimate:dying"})
-    monkeypatch.setenv("dying", "1")
+def transformed(folder, name):
+    config, facts = small_config(folder), small_bench(folder).facts
+    data = config.data.model_copy(update={"transform": f"tests.stages.test_estimate:{name}"})
+    return config.model_copy(update={"data": data}), facts
 
-    with pytest.raises(WorkersLostError, match=r"ended with code 7: the end"):
-        estimate.estimate_run(config.model_copy(update={"data": data}), facts, Session("local").worker_environment())
+
+def test_a_rehearsal_that_is_killed_is_told(tmp_path, monkeypatch):
+    config, facts = transformed(tmp_path, "dying")
+    monkeypatch.setenv("DYING", "1")
+
+    with pytest.raises(WorkersLostError, match=r"ended with code -9"):
+        estimate.estimate_run(config, facts, {})
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(tmp_path):
+    bench = small_bench(tmp_path)
+    model = bench.config.model.model_copy(update={"factory": "tests.stages.test_estimate:Raising", "kwargs": {}})
+
+    with pytest.raises(RuntimeError, match="ended with code 1: KeyError: 'no such mode'") as caught:
+        estimate.estimate_run(bench.config.model_copy(update={"model": model}), bench.facts, {})
+    assert "in forward" in caught.value.__notes__[0]
+
+
+def test_modules_beside_the_script_are_found_and_what_they_print_is_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/beside.py").write_text(LOUD)
+    config, facts = transformed(tmp_path, "sleeping")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"transform": "beside:change"})})
+    assert estimate.estimate_run(config, facts, {})["seconds"]["total"] > 0
+
+
+def test_where_the_first_rows_are_left_out_others_are_tried(tmp_path):
+    bad = tuple(range(20))
+    bench = small_bench(tmp_path, bad=bad, data={"on_error": "skip"}, runtime={"unit_rows": 16, "micro_batch": 4})
+    assert estimate.estimate_run(bench.config, bench.facts, {})["seconds"]["features/train"] > 0
+
+
+def test_a_short_training_is_rehearsed_no_longer_than_it_is(tmp_path):
+    bench = small_bench(tmp_path, base={"steps": 2, "batch_size": 4, "lr": 0.1})
+    seen = rehearsal.Rehearsal(Asked(bench.config, bench.facts, "alone", 1, "cpu"))
+    assert [seen._trained(steps).steps for steps in (1, 3, 18)] == [1, 2, 2]
+    assert seen.bench.config.base.steps == 2
+
+
+def test_what_cannot_be_known_before_a_run_is_named(tmp_path):
+    bench = small_bench(tmp_path, linear={"model": "logistic"}, trained_on={"convergence": {}}, gradnet={})
+    found = estimate.estimate_run(bench.config, bench.facts, {})["seconds"]
+    assert found["not_estimated"] == ["linear", "gradnet", "trained_on", "converged"]
+    assert not set(found["not_estimated"]) & set(found)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "asked", "places"),
+    [
+        (8, "auto", list(range(8))),
+        (1, 0.25, [0, 0, 0, 0]),
+        (8, 2, [0, 2, 4, 6]),
+        (2, 4, None),
+        (4, 0, None),
+        (0, "auto", None),
+    ],
+)
+def test_workers_are_put_where_the_run_would_put_them(tmp_path, monkeypatch, num_gpus, asked, places):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    config = small_config(tmp_path, runtime={"gpus_per_worker": asked, "cpus_per_worker": 2})
+    assert estimate.worker_places(config) == (places or [None] * 3)
+
+
+def test_a_gpu_is_named_as_it_is_outside(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    assert [estimate._visible(0), estimate._visible(1)] == ["5", "GPU-7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert estimate._visible(3) == "3"
+
+
+def test_the_memory_of_who_asks_does_not_count(tmp_path):
+    bench = small_bench(tmp_path)
+    asked = (bench.config, bench.facts, "passes", 1, [None], {})
+    (before,) = estimate._rehearse(*asked)
+    held = np.ones(2**27)  # 1 GiB
+    (after,) = estimate._rehearse(*asked)
+    assert held.all()
+    assert 2**26 < after.peak_bytes < before.peak_bytes + 2**28
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_plan_leaves_no_process(tmp_path, number):
+    config, facts = transformed(tmp_path, "sleeping")
+    with open(tmp_path / "asked", "wb") as file:
+        pickle.dump((config, facts), file)
+    script = (
+        "import pickle, sys; from fisher_ray.stages import estimate; from fisher_ray.cli.exits import error_exits\n"
+        "import typer\n"
+        "try:\n"
+        "    with error_exits(): estimate.estimate_run(*pickle.load(open(sys.argv[1], 'rb')), {})\n"
+        "except typer.Exit as error: sys.exit(error.exit_code)"
+    )
+    environment = {**os.environ, "SLEEPING": str(tmp_path / "pid"), "TMPDIR": str(tmp_path)}
+    started = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "asked")], env=environment)
+    child = int(until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+    started.send_signal(number)
+    assert started.wait(timeout=30) == (-9 if number == signal.SIGKILL else 4)
+    until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
+    if number != signal.SIGKILL:
+        assert not list(tmp_path.glob("fisher-ray-plan-*"))
+
+
+def until(found):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if value := found():
+            return value
+        time.sleep(0.05)
+    raise AssertionError("nothing came")

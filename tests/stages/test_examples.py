@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fisher_ray.records import Batch
 from fisher_ray.stages import examples, planning, shallow
 from fisher_ray.store import open_features
 from tests.stages.small_runs import fit_metric, shallow_rows, small_bench, write_features
@@ -90,11 +91,11 @@ def test_samples_that_are_no_pictures_have_none(tmp_path):
 
 def test_the_most_and_the_least_certain_are_chosen_each_once():
     certain = torch.tensor([0.99, 0.98, 0.97, 0.6, 0.9, 0.5, 0.55, 0.96, 0.95, 0.94, 0.93, 0.7])
-    probabilities = torch.stack([certain, 1 - certain], dim=1)
+    scores = torch.stack([certain, 1 - certain], dim=1).double().log()
     labels = torch.tensor([0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0])
     index = torch.arange(100, 112)
 
-    found = examples.choose(probabilities, labels, index)
+    found = examples.choose(scores, labels, index)
 
     kinds = {kind: [item["row"] for item in found if item["kind"] == kind] for kind in ("wrong", "least", "most")}
     assert kinds == {"wrong": [101, 103, 106], "least": [105, 111, 104, 110], "most": [100, 102, 107, 108]}
@@ -102,5 +103,35 @@ def test_the_most_and_the_least_certain_are_chosen_each_once():
 
 
 def test_of_few_samples_none_is_shown_twice():
-    found = examples.choose(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 1]), torch.arange(2))
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64).log()
+    found = examples.choose(scores, torch.tensor([0, 1]), torch.arange(2))
     assert [(item["kind"], item["row"]) for item in found] == [("least", 1), ("least", 0)]
+
+
+def test_what_is_certain_beyond_floating_point_has_an_order_all_the_same():
+    scores = torch.tensor([[900.0, 100.0], [100.0, 950.0], [500.0, 400.0]], dtype=torch.float64)
+    found = examples.choose(scores, torch.tensor([0, 1, 0]), torch.arange(3))
+    assert [(item["kind"], item["row"], item["probability"]) for item in found] == [
+        *(("least", 2, 1.0), ("least", 0, 1.0), ("least", 1, 1.0))
+    ]
+
+
+def test_nothing_is_near_to_features_that_are_zero():
+    block = {"x": torch.eye(4), "index": torch.arange(4), "labels": torch.arange(4)}
+    queries = torch.stack([torch.zeros(4), torch.tensor([0.0, 0, 1, 0])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "_rows", lambda *_: iter([block]))
+        none, found = examples._nearest(None, range(4), queries)
+    assert none == []
+    assert found[0] == {"row": 2, "label": 2, "cosine": 1.0}
+
+
+def test_values_at_the_ends_of_float32_are_drawn(tmp_path):
+    bench = evaluated(tmp_path)
+    inputs = torch.full((1, 1, 4, 3), 3e38)
+    inputs[0, 0, 0, 0] = -3e38
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "load_batches", lambda *_, **__: (Batch(inputs, None, None) for _ in range(1)))
+        examples._draw(bench, "test", 0)
+    with Image.open(io.BytesIO(bench.storage.read_bytes("report/pictures/test-0.png"))) as drawn:
+        assert sorted(drawn.getcolors()) == [(1, 0), (11, 255)]

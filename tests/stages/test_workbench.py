@@ -172,13 +172,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_every_difference(tmp_pat
         ("gone.pt", None, "there is no file"),
         ("torn.safetensors", b"123", "cannot be read"),
         ("torn.pt", b"123", "cannot be read"),
+        ("zeros.pt", bytes(100), "cannot be read"),
+        ("code.pt", b"cos\nsystem\n(S'true'\ntR.", "holds other objects than tensors"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_refused(name, content, words, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=words) as caught:
         inspect_request(digits(tmp_path, "base=null", f"model.checkpoint={tmp_path / name}").located())
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_checkpoint_that_holds_nan_is_refused(tmp_path):
