@@ -335,7 +335,8 @@ def test_a_plan_does_nothing(tmp_path):
     planned = pipeline.plan(digits(tmp_path / "run"))
 
     assert planned["units"] == {"metric": 5, "features/train": 5, "features/test": 5, "linear": 2}
-    assert planned["feature_bytes"] == 1197 * 640 * 2
+    assert planned["feature_bytes"] == 2 * 640 * (640 * 2 + 4 * 32 + 4 * 10 + 8 + 8)  # ten chunks of 64 rows each
+    assert planned["seconds"]["not_estimated"] == []
     assert list(tmp_path.iterdir()) == []
     assert Path(planned["output"]) == tmp_path / "run"
 
