@@ -1,4 +1,4 @@
-"""What the README shows, run as a new user would."""
+"""What the README and METHODS show, run as a new user would."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import yaml
 from fisher_ray.config import Config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "METHODS.md"))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES, re.MULTILINE | re.DOTALL)
 
 
 def block(language: str, words: str) -> str:
@@ -31,7 +31,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", ["README.md", "BENCHMARKS.md", "cluster/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "METHODS.md", "BENCHMARKS.md", "cluster/README.md"])
 def test_links_lead_somewhere(name):
     page = ROOT / name
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
@@ -40,6 +40,10 @@ def test_links_lead_somewhere(name):
         place, _, heading = link.partition("#")
         assert (page.parent / place).exists(), link
         assert not heading or heading in headings(page.parent / place if place else page), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
 
 
 def test_every_configuration_of_the_readme_is_one():

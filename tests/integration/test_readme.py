@@ -1,4 +1,4 @@
-"""The README's lines of Python, run as they stand but for places and sizes."""
+"""The lines of Python in README and METHODS, run as they stand but for places and sizes."""
 
 import pytest
 import ray
