@@ -19,6 +19,7 @@ from fisher_ray.records import Receipt, Unit
 from fisher_ray.runtime import Checkpoints
 from fisher_ray.storage import Storage
 from tests.integration.processes import wait_for
+from tests.integration.runs import worker_pid
 from tests.runtime.crews import count, failing, rows, whole, workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
@@ -185,14 +186,18 @@ def test_a_reduction_that_was_interrupted_goes_on_from_what_was_kept(damaged, nu
     first.mkdir(), second.mkdir()
     notes: list[str] = []
 
+    pids: set[int] = set()
+
     def interrupt(receipt: Receipt) -> None:
+        pids.add(worker_pid(receipt))
         if receipt.unit.index == 15:
             raise KeyboardInterrupt
 
     kept_on: dict[str, Any] = {"checkpoints": checkpoints, "num_slices": num_slices}
     with workers(tmp_path / "run", notes=notes) as given, pytest.raises(KeyboardInterrupt):
         given.reduce("metric", rows, units, interrupt, **kept_on, folder=str(first))
-    kept = checkpoints.found()  # once no worker can add to them
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 60, "the workers to end")
+    kept = checkpoints.found()  # now that no worker can add to them
     assert kept
     num_kept = sum(2**node.level for node in kept)
     if damaged:
