@@ -238,6 +238,15 @@ def test_workers_are_told_with_their_rates(tmp_path):
     ]
 
 
+def test_accuracies_that_are_all_the_same_are_drawn_within_what_there_is(tmp_path):
+    page(tmp_path, details={**DETAILS, "path": [{"penalty": value, "accuracy": 1.0} for value in (0.1, 1.0)]})
+    drawn = ElementTree.parse(tmp_path / "report/figures/penalty.svg")
+    texts = [element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    shares = [float(text.removesuffix(" %")) for text in texts if text and text.endswith(" %") and ":" not in text]
+    assert shares
+    assert max(shares) <= 100
+
+
 @pytest.mark.parametrize(("given", "shown"), [("\u732b", "\u732b"), ("a\x00b", "a\ufffdb"), ("$x_1$", "$x_1$")])
 def test_class_names_of_any_letters_are_drawn(tmp_path, given, shown):
     text = page(tmp_path, details={**DETAILS, "class_names": (given, "dog", "eel")})

@@ -117,8 +117,9 @@ def penalty_path(path: Sequence[Mapping[str, Any]]) -> Drawing:
     figure, axes = start(3.0)
     for number, points in enumerate(lines.values()):
         style = DASHES[number % len(DASHES)]
-        axes.semilogx(*zip(*sorted(points), strict=True), color=BAR, marker="o", linewidth=2, linestyle=style)
-    axes.plot(*best, color=ACCENT, marker="o", markersize=9)
+        look = {"color": BAR, "marker": "o", "linewidth": 2, "linestyle": style, "clip_on": False}
+        axes.semilogx(*zip(*sorted(points), strict=True), **look)
+    axes.plot(*best, color=ACCENT, marker="o", markersize=9, clip_on=False)
     axes.annotate(f"{best[0]:g}: {percent(best[1])}", best, (0, 9), textcoords="offset points", ha="center")
     if len(lines) > 1:
         axes.legend([name or "all" for name in lines], frameon=False, fontsize="small")
@@ -127,6 +128,8 @@ def penalty_path(path: Sequence[Mapping[str, Any]]) -> Drawing:
         axes.set_xticks(penalties, [f"{penalty:g}" for penalty in penalties])
         axes.minorticks_off()
     axes.margins(x=0.16, y=0.25)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, best[1] - 0.01), min(high, 1.0))  # no more than all, nor a fraction of a point spread out
     axes.set(xlabel="penalty, relative", ylabel="validation accuracy")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.1f} %")
     axes.grid(True, linewidth=0.5)

@@ -17,7 +17,7 @@ from fisher_ray.stages.shallow import load_weights, store_rows, train_store
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import FeatureStore, load_arrays, open_features
 
-NUM_SHOWN, NUM_NEAREST = 4, 3
+NUM_SHOWN, NUM_NEAREST = 6, 3
 """Test pictures of each kind, and training pictures beside each."""
 SEARCHED_ROWS = 50_000
 """Training rows that the nearest are looked for among; more would be a pass of its own."""

@@ -30,7 +30,7 @@ def test_the_shallow_model_beats_the_briefly_trained_network(undisturbed):
     page = (output / "report" / "report.html").read_text()
     assert "The linear model on Fisher features gets" in page
     assert page.count("<svg") == 6
-    assert page.count("<img") == 12 * 4  # test pictures, and three training pictures beside each
+    assert page.count("<img") == 3 * 6 * 4  # test pictures of three kinds, and three training pictures beside each
 
 
 def test_every_stage_leaves_what_the_design_says(undisturbed):

@@ -49,7 +49,7 @@ def test_the_nearest_are_those_of_the_largest_cosine(tmp_path, monkeypatch, line
     assert found["searched"] == 70
     train, test = directions(bench, "train"), directions(bench, "test")
     _, labels = shallow_rows(bench)
-    assert len(found["examples"]) == 12
+    assert [item["kind"] for item in found["examples"]].count("least") == examples.NUM_SHOWN
     for item in found["examples"]:
         cosines = train @ test[item["row"]]
         rows = [near["row"] for near in item["nearest"]]
@@ -89,7 +89,8 @@ def test_samples_that_are_no_pictures_have_none(tmp_path):
     assert examples.show_examples(bench) == {"examples": [], "searched": 0}
 
 
-def test_the_most_and_the_least_certain_are_chosen_each_once():
+def test_the_most_and_the_least_certain_are_chosen_each_once(monkeypatch):
+    monkeypatch.setattr(examples, "NUM_SHOWN", 4)
     certain = torch.tensor([0.99, 0.98, 0.97, 0.6, 0.9, 0.5, 0.55, 0.96, 0.95, 0.94, 0.93, 0.7])
     scores = torch.stack([certain, 1 - certain], dim=1).double().log()
     labels = torch.tensor([0, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0])
