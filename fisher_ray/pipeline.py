@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable
 from contextlib import closing
@@ -86,6 +87,7 @@ def run(
             return run(config, address, fresh=fresh, until=until, progress=shown)
     config = config.located()
     _refuse_leak(config, until)
+    _make_folder(config.tensorboard)
     session, storage = Session(address), Storage(config.output)
     facts = inspect_request(config)
     refuse_foreign(storage)
@@ -101,6 +103,10 @@ def run(
 
         with closing(session), closing(Crew(session, config, facts, note, journal.decide)) as crew:
             results = _Run(config, facts, journal, session, crew, claim, progress, note).run(until or "report")
+            if config.tensorboard is not None and until in (None, "report"):
+                from fisher_ray.report.tensorboard import write_tensorboard  # which takes a while to import
+
+                write_tensorboard(config.tensorboard, storage)
         storage.remove_partials()  # of workers that this run has lost
     return results
 
@@ -126,6 +132,14 @@ def _refuse_leak(config: Config, until: Until | None) -> None:
             "scores.labels true: the features of a test row would be made with its label, so a linear model's test "
             "accuracy would mean nothing. Set scores.labels: all, or stop at write-features."
         )
+
+
+def _make_folder(place: str | None) -> None:
+    try:
+        if place is not None:
+            os.makedirs(place, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"tensorboard: cannot make {place}: {error.strerror}. Give a place that can be.") from error
 
 
 def _journal_facts(config: Config, facts: Facts) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fisher_ray.errors import ConfigError
 
 _OF_RESULTS = ("cpus_per_worker", "unit_rows", "micro_batch", "memory_bytes")
 """What results depend on of all that ``runtime`` says."""
+_PLACES: Any = {"output": True, "tensorboard": True, "data": {"root"}, "model": {"checkpoint"}}
 
 
 class Config(Section):
@@ -50,6 +51,8 @@ class Config(Section):
     trained_on: TrainedOnConfig | None = TrainedOnConfig()
     """``null`` leaves it out of the comparison."""
     runtime: RuntimeConfig = RuntimeConfig()
+    tensorboard: str | None = None
+    """Local folder to which a finished run also writes its numbers and figures for TensorBoard; ``null``: nowhere."""
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +69,8 @@ class Config(Section):
                 "give 'base' (train the network here), 'model.checkpoint' (load it) or 'model.pretrained' (the factory "
                 "returns a trained one), and only one of them"
             )
+        if "://" in (self.tensorboard or ""):
+            raise ValueError(f"tensorboard {self.tensorboard!r} is a URL. Give a local folder")
         if self.base is not None and self.data.train is None:
             raise ValueError("'base' needs 'data.train'")
         rows, chunk, shard = self.runtime.unit_rows, self.store.chunk_rows, self.store.shard_rows
@@ -105,7 +110,7 @@ class Config(Section):
         That is all but places, how many workers there are, and ``data.on_error``: what there is already had no wrong
         row, or says which rows it left out.
         """
-        values = self.model_dump(mode="json", exclude={"output": True, "data": {"root"}, "model": {"checkpoint"}})
+        values = self.model_dump(mode="json", exclude=_PLACES)
         del values["data"]["on_error"]
         layers = values["compression"]["layers"]
         values["compression"]["layers"] = [[glob, layers[glob]] for glob in self.compression.layers]  # the order counts
@@ -120,7 +125,8 @@ class Config(Section):
         if model.checkpoint is not None:
             model = model.model_copy(update={"checkpoint": _absolute(model.checkpoint)})
         data = self.data.model_copy(update={"root": _absolute(self.data.root)})
-        return self.model_copy(update={"output": _absolute(self.output), "data": data, "model": model})
+        places = {"output": _absolute(self.output), "tensorboard": self.tensorboard and _absolute(self.tensorboard)}
+        return self.model_copy(update={**places, "data": data, "model": model})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:

@@ -48,6 +48,23 @@ def test_every_stage_leaves_what_the_design_says(undisturbed):
     assert sorted(event["unit"] for event in units) == [0, 1, 2, 3, 4]
 
 
+def test_a_finished_run_is_written_for_tensorboard_when_that_is_asked_for(undisturbed, tmp_path):
+    output, results = undisturbed
+    heard, place = Listening(), tmp_path / "board"
+
+    assert pipeline.run(digits(output, f"tensorboard={place}"), progress=heard) == results
+
+    assert heard.stages == []
+    assert len(list(place.rglob("events.out.tfevents.*"))) == 1
+
+
+def test_a_place_for_tensorboard_that_cannot_be_is_told_before_anything_is_done(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="tensorboard: cannot make"):
+        pipeline.run(digits(tmp_path / "run", f"tensorboard={tmp_path}/file/board"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_event_has_what_is_documented_of_it(undisturbed):
     output, _ = undisturbed
     text = (Path(__file__).parents[2] / "cluster/README.md").read_text()
