@@ -16,8 +16,8 @@ from fisher_ray.storage import Storage
 SCHEMA = 1
 PROGRAM = "fisher_ray"
 RUN_FILE, EVENTS_FILE, CLAIM_FILE = "run.json", "events.jsonl", "claim.json"
-OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "gradnet", "report", "sums", EVENTS_FILE)
-"""What a run writes into its folder, besides ``run.json``."""
+OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "gradnet", "report", "sums", "scores", "audit")
+"""What a run writes into its folder, besides ``run.json`` and its events."""
 EVENTS_EVERY_S = 30.0
 """Least time between two writes of the events, stages' ends apart."""
 
@@ -52,6 +52,7 @@ class Journal:
         fresh: bool = False,
         late: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         check: Callable[[], None] = lambda: None,
+        own: Iterable[str] = OWN,
     ) -> Journal:
         """Take up the run in the folder, or start one there.
 
@@ -62,6 +63,7 @@ class Journal:
             fresh: remove what an earlier run left, and start anew.
             late: keys of the identity that may change until one of these stages is sealed.
             check: as the constructor's.
+            own: what is in the folder, to be removed by ``fresh``.
 
         Raises:
             ResumeMismatchError: if the folder's run had another configuration, model or data, naming the difference.
@@ -72,7 +74,7 @@ class Journal:
         if document is None:
             refuse_foreign(storage)
         elif fresh or document.get("clearing"):
-            _clear(storage)
+            _clear(storage, own)
             document = None
         if document is None:
             journal = cls(storage, {**_empty(), **facts}, [], check)
@@ -248,11 +250,11 @@ def _empty() -> dict[str, Any]:
     return {"schema": SCHEMA, "program": PROGRAM, "stages": {}, "decisions": {}}
 
 
-def _clear(storage: Storage) -> None:
+def _clear(storage: Storage, own: Iterable[str]) -> None:
     """Remove a run; if this is cut off, what is left says so, and is removed by the next one to open the folder."""
     document = {**_empty(), "clearing": True}
     storage.write_bytes(RUN_FILE, json.dumps(document).encode())
-    for name in OWN:
+    for name in (*own, EVENTS_FILE):
         storage.remove(name)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -38,13 +37,11 @@ from fisher_ray.stages import (
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import BASE_FILE
-from fisher_ray.staging import FEATURE_STORES, GradNetStages
+from fisher_ray.staging import CHOSEN, FEATURE_STORES, PARTS, GradNetStages, GramStages
 from fisher_ray.storage import Storage
 from fisher_ray.store import open_features
 
 Until = Literal["base", "metric", "features", "linear", "report"]
-PARTS = ("fit", "validation")
-"""Of the shallow split: the linear model is fitted to the one while the other chooses."""
 FISHER_STORES = {split: f"features/{name}.zarr" for name, split in FEATURE_STORES.items()}
 VIEW_KEYS = ("views", "view_mode")
 """Keys of the linear model that the features depend on."""
@@ -156,7 +153,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-class _Run(GradNetStages):
+class _Run(GradNetStages, GramStages):
     """One run's stages in order."""
 
     def run(self, until: Until) -> dict[str, Any]:
@@ -219,7 +216,9 @@ class _Run(GradNetStages):
             metric["feature_rms"],
             {**attributes, "fingerprints": fingerprints},
         )
-        pair = (partial(task, split=split, name=name) for task in (tasks.write_features, tasks.try_features))
+        pair = (
+            partial(task, split=split, name=FISHER_STORES[split]) for task in (tasks.write_features, tasks.try_features)
+        )
         return self._write_units(f"features/{name}", split, FISHER_STORES[split], spec, units, *pair)
 
     def linear(self) -> None:
@@ -235,19 +234,22 @@ class _Run(GradNetStages):
         return self._config.linear.model == "gradnet"
 
     def _fit_linear(self) -> None:
-        columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
-        units = {part: planning.linear_units(self._config, self._facts, columns, part) for part in PARTS}
+        units = self._linear_units(self._rank)
         fit = self._fit_logistic if self._config.linear.model == "logistic" else self._fit_ridge
         self._stage("linear", sum(map(len, units.values())), partial(fit, units))
         minibatch.remove_checkpoint(self._storage)
         if self._facts.hidden is not None:
             self._stage("linear_probe", None, lambda: self._solo("linear_probe", shallow.fit_probe))
 
+    @property
+    def _rank(self) -> int:
+        return int(self._journal.result("metric")["rank"])
+
     def _fit_ridge(self, units: dict[str, list[Unit]]) -> dict[str, Any]:
-        fit = self._sum_gram(units["fit"], "fit")
-        chosen = self._solo("linear", shallow.choose_penalty, fit)
-        validation = self._sum_gram(units["validation"], "validation")
-        kept = {name: chosen[name] for name in ("penalty", "rank", "damping", "temperature")}
+        fit = self._sum_gram("linear", units["fit"], "fit", self._rank)
+        chosen = self._choose_penalty("linear", fit)
+        validation = self._sum_gram("linear", units["validation"], "validation", self._rank)
+        kept = {name: chosen[name] for name in CHOSEN}
         fitted = self._solo("linear", shallow.fit_ridge, fit, validation, **kept)
         self._export_classifier()
         return {**chosen, **fitted}
@@ -256,8 +258,10 @@ class _Run(GradNetStages):
         from fisher_ray.runtime import train  # Ray Train takes seconds to import
 
         streamed = self._config.linear.solver == "minibatch"
-        sum_part = self._sum_columns if streamed else self._sum_gram
-        sums = [sum_part(units[part], part) for part in PARTS]
+        if streamed:
+            sums = [self._sum_columns(units[part], part) for part in PARTS]
+        else:
+            sums = [self._sum_gram("linear", units[part], part, self._rank) for part in PARTS]
         self._solo("linear", shallow.save_column_sums if streamed else shallow.save_sums, *sums)
         workers, gpus = self._crew.target, self._crew.gpus
         self._crew.close()  # their places are Ray Train's meanwhile
@@ -271,17 +275,6 @@ class _Run(GradNetStages):
 
     def _sum_columns(self, units: list[Unit], part: str) -> Any:
         return self._reduce("linear", partial(tasks.sum_columns, part=part), units, self._kept_part("columns", part))
-
-    def _sum_gram(self, units: list[Unit], part: str) -> Any:
-        columns = planning.num_columns(self._config, self._facts, self._journal.result("metric")["rank"])
-        slices = num_slices(planning.gram_bytes(columns))
-        kept = self._kept_part("gram", part)
-        return self._reduce("linear", partial(tasks.sum_gram, part=part), units, kept, num_slices=slices)
-
-    def _kept_part(self, sums: str, part: str) -> str:
-        """Name a part's sums by the settings, which may change before a resume."""
-        settings = json.dumps(self._config.linear.model_dump(mode="json"), sort_keys=True)
-        return f"{part}-{hashlib.sha256(f'{sums} {settings}'.encode()).hexdigest()[:16]}"
 
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":

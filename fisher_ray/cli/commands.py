@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fisher_ray import __version__
+from fisher_ray.cli.attribution import audit, score
 from fisher_ray.cli.exits import error_exits
+from fisher_ray.cli.options import Address, Debug, Fresh, Json, Quiet
 from fisher_ray.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -38,16 +40,10 @@ Output = Annotated[str | None, typer.Option("--output", metavar="URL", help="Run
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key, as in a.b=value; repeatable.")
 ]
-Address = Annotated[str | None, typer.Option("--address", help="Ray cluster; by default RAY_ADDRESS, else embedded.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew in the same folder instead of resuming.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Log more, and print the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Price = Annotated[
     float | None,
     typer.Option("--price-per-gpu-hour", min=0.0, metavar="PRICE", help="Add what the run would cost at this price."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Progress and results as JSON lines on standard output.")]
-
 _JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """In the path of the copies that Ray makes of a submitted job's working directory."""
 
@@ -67,6 +63,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "train": ("fisher-ray train digits.yaml --set linear.model=logistic --quiet",),
     "evaluate": ("fisher-ray evaluate digits.yaml --set linear.model=logistic --json",),
     "run": ("fisher-ray run digits.yaml --fresh --set trained_on=null",),
+    "score": (
+        "fisher-ray score runs/digits --rows 0:100",
+        "fisher-ray score runs/digits --by influence --rows 0:20 --name first",
+    ),
+    "audit": ("fisher-ray audit runs/digits --top 100",),
     "verify": ("fisher-ray verify runs/digits", "fisher-ray verify --repair runs/digits"),
     "inspect": ("fisher-ray inspect runs/digits/features/train.zarr",),
     "demo": ("fisher-ray demo --output runs/demo",),
@@ -103,7 +104,7 @@ def _app() -> typer.Typer:
     app.callback()(_root)
     for name, (until, text) in _STAGES.items():
         app.command(name, help=text, epilog=_examples(name))(_stage_command(until, ConfigArgument))
-    for command in (init, plan, verify, inspect, demo):
+    for command in (init, plan, score, audit, verify, inspect, demo):
         app.command(epilog=_examples(command.__name__))(command)
     return app
 

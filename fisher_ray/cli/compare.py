@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from fisher_ray.cli.commands import Address, Debug, Overrides, Quiet, warn_of_copy
+from fisher_ray.cli.commands import Overrides, warn_of_copy
 from fisher_ray.cli.exits import error_exits
+from fisher_ray.cli.options import Address, Debug, Quiet
 from fisher_ray.errors import FisherRayError
 
 Only = Annotated[

@@ -1,5 +1,6 @@
 """The configuration: what a run is asked for, read from YAML."""
 
+from fisher_ray.config.attribution import AuditConfig, By, ScoreConfig
 from fisher_ray.config.gradnet import TRAINING_KEYS, GradNetConfig
 from fisher_ray.config.run import Config, read_yaml
 from fisher_ray.config.sections import (
@@ -24,7 +25,9 @@ from fisher_ray.config.template import schema, template
 __all__ = [
     "TRAINING_KEYS",
     "AbsoluteDamping",
+    "AuditConfig",
     "BaseConfig",
+    "By",
     "CompressionConfig",
     "Config",
     "ConvergenceConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "MetricConfig",
     "ModelConfig",
     "RuntimeConfig",
+    "ScoreConfig",
     "ScoresConfig",
     "SourceConfig",
     "StoreConfig",

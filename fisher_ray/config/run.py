@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,12 +130,15 @@ class Config(Section):
         return self.model_copy(update={**places, "data": data, "model": model})
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Check ``values``.
+    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+        """Check ``values``, to which ``overrides`` of the form ``a.b=value`` are applied.
 
         Raises:
             ConfigError: naming every wrong key by its full path, its value, and the nearest right key.
         """
+        values = copy.deepcopy(values)
+        for override in overrides:
+            _override(values, override)
         return cls.checked(values)
 
     @classmethod

@@ -3,6 +3,7 @@
 from fisher_ray.linear.columns import Columns, feature_columns, grid
 from fisher_ray.linear.gradnet import GradNet, Shape, densify, plan_shape
 from fisher_ray.linear.lbfgs import Minimum, minimise
+from fisher_ray.linear.leave_one_out import RidgeSystem
 from fisher_ray.linear.logistic import Preconditioner, loss_and_gradient, preconditioner, sum_gradients
 from fisher_ray.linear.moments import ColumnSums
 from fisher_ray.linear.pieces import Descent, PieceTrainer, cut_pieces, join_state, share_pieces, state_shapes
@@ -24,6 +25,7 @@ __all__ = [
     "Minimum",
     "PieceTrainer",
     "Preconditioner",
+    "RidgeSystem",
     "Shape",
     "StandardColumns",
     "accuracy",

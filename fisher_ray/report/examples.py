@@ -40,17 +40,18 @@ def picture_grid(
 def _card(item: Mapping[str, Any], pictures: Mapping[str, bytes], names: Sequence[str]) -> str:
     own, taken = names[item["label"]], names[item["taken"]]
     verdict = f"{own}, taken for {taken}"
-    shown = _picture(pictures[f"test-{item['row']}"], f"test row {item['row']}: {verdict}", "asked")
+    shown = picture(pictures[f"test-{item['row']}"], f"test row {item['row']}: {verdict}", "asked")
     near = []
     for one in item["nearest"]:
         row, name = one["row"], names[one["label"]]
-        picture = _picture(pictures[f"shallow-{row}"], f"training row {row}: {name}", "near")
-        near.append(f"<div>{picture}<span>{escape(name)}<br>{one['cosine']:.2f}</span></div>")
+        shown_near = picture(pictures[f"shallow-{row}"], f"training row {row}: {name}", "near")
+        near.append(f"<div>{shown_near}<span>{escape(name)}<br>{one['cosine']:.2f}</span></div>")
     text = f"Test row {item['row']:,}: {verdict} with {percent(item['probability'])}."
     strip = shown + "".join(near)
     return f'<figure class="card"><div class="strip">{strip}</div><figcaption>{escape(text)}</figcaption></figure>'
 
 
-def _picture(raw: bytes, text: str, kind: str) -> str:
+def picture(raw: bytes, text: str, kind: str) -> str:
+    """Mark up a picture, with what it shows in words."""
     source = f"data:image/png;base64,{b64encode(raw).decode()}"
     return f'<img class="{kind}" src="{source}" alt="{escape(text)}">'

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from fisher_ray.data import load_batches
-from fisher_ray.stages.passes import mean_views
+from fisher_ray.stages.attribution.best import Best
+from fisher_ray.stages.attribution.vectors import feature_rows, unit_length
 from fisher_ray.stages.shallow import load_weights, store_rows, train_store
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import FeatureStore, load_arrays, open_features
@@ -36,7 +37,7 @@ def show_examples(bench: Workbench) -> dict[str, Any]:
         ``row``, ``label`` and ``cosine``. There are none if samples are no pictures of one or three channels.
         ``searched``: how many training rows they are the nearest of.
     """
-    if len(bench.facts.input_shape) != 3 or bench.facts.input_shape[0] not in (1, 3):
+    if not is_picture(bench.facts.input_shape):
         return {"examples": [], "searched": 0}
     found, _ = load_arrays(bench.url("linear/predictions.zarr"))
     weights = load_weights(bench.url("linear/weights.zarr"))
@@ -52,7 +53,7 @@ def show_examples(bench: Workbench) -> dict[str, Any]:
     drawn = {("test", item["row"]) for item in examples}
     drawn |= {("shallow", near["row"]) for item in examples for near in item["nearest"]}
     for split, row in sorted(drawn):
-        _draw(bench, split, row)
+        draw_picture(bench, split, row, picture_name(split, row))
     return {"examples": examples, "searched": len(searched)}
 
 
@@ -88,31 +89,31 @@ def choose(scores: Tensor, labels: Tensor, index: Tensor) -> list[dict[str, Any]
 def _rows(store: FeatureStore, rows: range) -> Iterator[dict[str, Tensor]]:
     """Yield blocks of a store's rows, their features ``x`` of length one, ``(B, F)``."""
     for block in store_rows(store, "all", rows, seed=0, validation=0.0, use_hidden=False):
-        x = (block["x"] if block["x"].ndim == 2 else mean_views(list(block["x"].unbind(1)))).float()
-        yield {**block, "x": x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)}
+        yield {**block, "x": unit_length(feature_rows(block).float())}
 
 
 def _nearest(store: FeatureStore, rows: range, queries: Tensor) -> list[list[dict[str, Any]]]:
     """Return the rows nearest to each of the queries ``(Q, F)``, the nearest first; none to one that is zero."""
-    best: list[list[tuple[float, int, int]]] = [[] for _ in queries]
+    best = Best(len(queries), NUM_NEAREST)
     for block in _rows(store, rows):
-        cosines, places = (queries @ block["x"].mT).topk(min(NUM_NEAREST, len(block["x"])), dim=1)
-        for found, values, near in zip(best, cosines.tolist(), places.tolist(), strict=True):
-            found += [
-                (-value, int(block["index"][place]), int(block["labels"][place]))
-                for value, place in zip(values, near, strict=True)
-            ]
-    names = ("row", "label")
+        best.add(queries @ block["x"].mT, block["index"], block["labels"])
+    found = best.to_arrays()
+    columns = (found[f"highest-{name}"].tolist() for name in ("rows", "labels", "scores"))
     return [
-        [{**dict(zip(names, rest, strict=True)), "cosine": -value} for value, *rest in sorted(found)[:NUM_NEAREST]]
+        [{"row": r, "label": label, "cosine": value} for r, label, value in zip(*near, strict=True) if r >= 0]
         if query.any()
         else []
-        for found, query in zip(best, queries, strict=True)
+        for query, *near in zip(queries, *columns, strict=True)
     ]
 
 
-def _draw(bench: Workbench, split: str, row: int) -> None:
-    """Write a sample as the network is given it, its values stretched from black to white."""
+def is_picture(shape: tuple[int, ...]) -> bool:
+    """Return whether samples of a shape are pictures, of one or three channels."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def draw_picture(bench: Workbench, split: str, row: int, name: str) -> None:
+    """Write a sample as the network is given it, its values stretched from black to white, as a PNG file."""
     batches = load_batches(bench.source(split), range(row, row + 1), 1, num_classes=None)
     inputs = next(batches).inputs[0].double()
     batches.close()
@@ -123,7 +124,7 @@ def _draw(bench: Workbench, split: str, row: int) -> None:
     picture.thumbnail((MOST_PIXELS, MOST_PIXELS))
     raw = io.BytesIO()
     picture.save(raw, "PNG")
-    bench.storage.write_bytes(picture_name(split, row), raw.getvalue())
+    bench.storage.write_bytes(name, raw.getvalue())
 
 
 def picture_name(split: str, row: int) -> str:

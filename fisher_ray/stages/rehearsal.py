@@ -155,7 +155,7 @@ class Rehearsal:
         _, summed = self._pace("metric", partial(tasks.sum_fisher, self.bench))
         with self._timing("metric"):
             tasks.fit_metric(self.bench, summed, fingerprints={})
-        self._pace("features", partial(tasks.try_features, self.bench, split="shallow", name="train"))
+        self._pace("features", partial(tasks.try_features, self.bench, split="shallow", name="features/train.zarr"))
         self._store()
         self.peak_bytes = _peak_bytes()
         self._sum()
@@ -196,7 +196,7 @@ class Rehearsal:
         bench, (unit,) = self.bench, plan_units(self._more, self._more)
         spec = feature_spec(bench.config, bench.facts, "shallow", bench.metric.rank, bench.metric.feature_rms, {})
         create_store(bench.url("features/train.zarr"), spec)
-        receipt, _ = tasks.write_features(bench, unit, 1, split="shallow", name="train")
+        receipt, _ = tasks.write_features(bench, unit, 1, split="shallow", name="features/train.zarr")
         seal(bench.url("features/train.zarr"), 1)
         store = open_features(bench.url("features/train.zarr"))
         with self._timing("read"):

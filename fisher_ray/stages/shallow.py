@@ -185,7 +185,7 @@ def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, An
     models: list[LinearWeights] = []
     for rank, damping in grid(linear.ranks, linear.dampings):
         tried += [{"penalty": penalty, "rank": rank, "damping": damping} for penalty in linear.penalties]
-        models += ridge_path(sums, linear.penalties, _columns(bench, rank, damping))
+        models += ridge_path(sums, linear.penalties, ridge_columns(bench, rank, damping))
     scores, labels = score_rows(linear_rows(bench, train_store(bench), "validation"), "x", models)
     best, accuracies = best_penalty([model.penalty for model in models], scores, labels)
     path = [{**one, "accuracy": share} for one, share in zip(tried, accuracies, strict=True)]
@@ -193,7 +193,8 @@ def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, An
     return {"path": path, **chosen, "temperature": fit_temperature(scores[best], labels)}
 
 
-def _columns(bench: Workbench, rank: int | None, damping: float | None) -> Columns:
+def ridge_columns(bench: Workbench, rank: int | None, damping: float | None) -> Columns:
+    """Return the columns of a rank and a damping that are tried; see :func:`fisher_ray.linear.feature_columns`."""
     metric, config, facts = bench.metric, bench.config, bench.facts
     num_scores = facts.num_classes if config.scores.labels == "all" else 1
     num_hidden = (facts.hidden or 0) if config.linear.hidden else 0
@@ -213,7 +214,7 @@ def fit_ridge(
 ) -> dict[str, Any]:
     """Fit on all rows with what was chosen, and write ``linear/weights.zarr``; ``fit`` may be added to."""
     sums = merge_sums(fit, validation)
-    model = ridge_path(sums, [penalty], _columns(bench, rank, damping))[0]
+    model = ridge_path(sums, [penalty], ridge_columns(bench, rank, damping))[0]
     save_weights(bench, "weights", replace(model, temperature=temperature))
     return {"num_rows": round(sums.num_rows), "num_columns": sums.num_columns}
 

@@ -82,7 +82,7 @@ def merge_fisher(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
 
 
 def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, name: str) -> tuple[Receipt, None]:
-    """Write a unit's features of ``split`` to the store ``features/<name>.zarr``."""
+    """Write a unit's features of ``split`` to the store ``name`` in the run folder."""
     log = UnitLog()
     parts: dict[str, list[Tensor]] = {}
     host = Host(bench.device)
@@ -93,7 +93,7 @@ def write_features(bench: Workbench, unit: Unit, attempt: int, *, split: str, na
             parts.setdefault(key, []).append(host.copy(value))
     start = time.monotonic()
     host.wait()
-    writer = bench.store_writer(f"features/{name}.zarr")
+    writer = bench.store_writer(name)
     joined = {key: torch.cat(values).numpy() for key, values in parts.items()} or writer.no_rows()
     num_bytes = writer.write_unit(unit, joined, attempt=attempt, skipped=log.skipped)
     log.seconds["write"] = time.monotonic() - start

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fisher_ray.config import Config
+from fisher_ray.config import Config, ScoreConfig
 from fisher_ray.data import Source, check_source, load_batches, open_source
 from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
 from fisher_ray.gradients import Compressor, PercentileEntries, ScoreEngine, precision_of
@@ -56,6 +58,7 @@ class Workbench:
         self._sources: dict[str, Source] = {}
         self._writers: dict[str, StoreWriter] = {}
         self._opening = threading.Lock()
+        self._kept: dict[str, tuple[str, Any]] = {}
 
     @property
     def micro_batch(self) -> int:
@@ -79,6 +82,13 @@ class Workbench:
             if split not in self._sources:
                 self._sources[split] = _open(self.config, split)
             return self._sources[split]
+
+    def keep(self, kind: str, name: str, make: Callable[[str], Any]) -> Any:
+        """Return ``make(url)`` of ``name`` in the run folder, which is kept until another of its ``kind`` is made."""
+        if self._kept.get(kind, ("", None))[0] != name:
+            self._kept.pop(kind, None)  # first, for both may not fit
+            self._kept[kind] = (name, make(self.url(name)))
+        return self._kept[kind][1]
 
     def new_model(self) -> nn.Module:
         """Return a network of its own, with the base network's weights."""
@@ -178,9 +188,9 @@ def base_network(config: Config, storage: Storage) -> nn.Module:
     return model
 
 
-def _open(config: Config, split: str) -> Source:
-    section = getattr(config.data, split)
-    return open_source(section, root=config.data.root, transform=config.data.transform, key=f"data.{split}")
+def _open(config: Config, split: str, key: str | None = None) -> Source:
+    section, key = getattr(config.data, split), key or f"data.{split}"
+    return open_source(section, root=config.data.root, transform=config.data.transform, key=key)
 
 
 def _refuse_other_classes(sources: dict[str, Source]) -> None:
@@ -249,6 +259,33 @@ def inspect_request(config: Config) -> Facts:
         gradnet_shapes,
         sources["test"].classes,
     )
+
+
+def inspect_queries(config: Config, facts: Facts, request: ScoreConfig) -> tuple[Config, Facts]:
+    """Look at samples from elsewhere, and put them in the place of a run's test split.
+
+    Raises:
+        ConfigError: if a file or function is missing, their inputs differ from the run's, or their classes do and
+            count.
+        DataError: if a label is out of range or the first sample is bad.
+    """
+    data = config.data.model_copy(update={"test": request.queries})
+    config = config.model_copy(update={"data": data})
+    source = _open(config, "test", "queries")
+    shape = check_source(source, facts.num_classes, on_error=config.data.on_error)
+    if shape != facts.input_shape:
+        raise ConfigError(
+            f"the queries' samples have shape {shape}, the run's {facts.input_shape}. Give such as these."
+        )
+    others = source.classes is not None and source.classes != facts.class_names
+    if others and request.target == "label" and request.by in ("influence", "ridge"):
+        raise ConfigError(
+            f"the queries have classes of their own ({', '.join(map(repr, (source.classes or ())[:3]))}), so their "
+            f"labels mean nothing to the run. Set target: taken, or, of images, list the run's classes under 'classes'."
+        )
+    rows = {**facts.num_rows, "test": len(source)}
+    fingerprints = {**facts.fingerprints, "test": source.fingerprint()}
+    return config, replace(facts, num_rows=rows, fingerprints=fingerprints)
 
 
 def _gradnet_shapes(

@@ -31,6 +31,7 @@ class Staging:
         claim: on the run folder.
         progress: hears how it goes.
         note: told what a user may want to know.
+        folder: in the run folder, that the stages write to; by default the run folder itself.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Staging:
         claim: Claim,
         progress: Progress,
         note: Callable[[str], None],
+        folder: str | None = None,
     ) -> None:
         """See the class."""
         self._config, self._facts, self._journal = config, facts, journal
         self._session, self._crew, self._progress, self._note = session, crew, progress, note
         self._pool, self._check = Pool(crew, config, note, claim.check), claim.check
-        self._storage = Storage(config.output)
+        self._place = config.output.rstrip("/") + (f"/{folder}" if folder else "")
+        self._storage = Storage(self._place)
 
     def _sum_rows(self, stage: str, task: Callable[..., Any], units: list[Unit], **options: Any) -> Any:
         """Sum over rows of the shallow split, of which those that fail by themselves may be left out."""
@@ -63,7 +66,7 @@ class Staging:
         spec: StoreSpec,
         units: list[Unit],
         task: Callable[..., Any],
-        probe: Callable[..., Any],
+        probe: Callable[..., Any] | None,
     ) -> dict[str, Any]:
         """Have the units of a split written that are not yet in the store at ``place``, and seal it."""
         url = self._url(place)
@@ -137,4 +140,4 @@ class Staging:
         return [f"features/{name}" for name in FEATURE_STORES]
 
     def _url(self, name: str) -> str:
-        return f"{self._config.output.rstrip('/')}/{name}"
+        return f"{self._place}/{name}"

@@ -109,7 +109,7 @@ def write_features(bench: Workbench, name: str, split: str) -> list[Unit]:
     create_store(bench.url(f"features/{name}.zarr"), spec)
     units = planning.split_units(bench.config, bench.facts, split)
     for unit in reversed(units):
-        receipt, nothing = tasks.write_features(bench, unit, 1, split=split, name=name)
+        receipt, nothing = tasks.write_features(bench, unit, 1, split=split, name=f"features/{name}.zarr")
         assert nothing is None
         assert (receipt.unit, receipt.attempt) == (unit, 1)
         assert receipt.num_bytes > 0

@@ -133,6 +133,6 @@ def test_values_at_the_ends_of_float32_are_drawn(tmp_path):
     inputs[0, 0, 0, 0] = -3e38
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(examples, "load_batches", lambda *_, **__: (Batch(inputs, None, None) for _ in range(1)))
-        examples._draw(bench, "test", 0)
-    with Image.open(io.BytesIO(bench.storage.read_bytes("report/pictures/test-0.png"))) as drawn:
+        examples.draw_picture(bench, "test", 0, "one.png")
+    with Image.open(io.BytesIO(bench.storage.read_bytes("one.png"))) as drawn:
         assert sorted(drawn.getcolors()) == [(1, 0), (11, 255)]

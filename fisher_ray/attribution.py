@@ -1,0 +1,262 @@
+"""Questions to a finished run: which training samples is this one like, and which labels look wrong?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fisher_ray.config import AuditConfig, Config, ScoreConfig
+from fisher_ray.errors import ConfigError, RequestError, ResumeMismatchError
+from fisher_ray.journal import Journal, read_run, refuse_foreign
+from fisher_ray.progress import new_console, show_progress
+from fisher_ray.records import Progress
+from fisher_ray.report.attribution import write_audit, write_scores
+from fisher_ray.runtime import Claim, Crew, Session
+from fisher_ray.stages import Facts, inspect_request
+from fisher_ray.stages.attribution.listing import PICTURES
+from fisher_ray.stages.workbench import inspect_queries
+from fisher_ray.staging.attribution import AttributionStages
+from fisher_ray.storage import Storage
+
+AUDIT = "audit"
+"""Where in the run folder an audit is."""
+OWN: tuple[str, ...] = (
+    "queries.zarr",
+    "queries",
+    "class-gap.zarr",
+    "ridge.zarr",
+    "scores.zarr",
+    "top",
+    "scores.json",
+    "rows.zarr",
+)
+OWN += ("suspects.parquet", "audit.json", "pictures", "figures", "report.html", "sums")
+"""What scores or an audit write into their folder, besides what a journal does."""
+
+
+def score(
+    run: str,
+    queries: str | Mapping[str, Any] = "test",
+    *,
+    by: str = "kernel",
+    rows: tuple[int, int] | None = None,
+    top: int = 10,
+    target: str = "label",
+    full: bool = False,
+    name: str | None = None,
+    address: str | None = None,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Score every training sample of a finished run for every query, on Ray; what was begun goes on.
+
+    The training features are read once, by all workers. Of each query the training samples with the highest and the
+    lowest scores are listed.
+
+    Args:
+        run: the run folder.
+        queries: ``test``, ``shallow`` (each other training sample), or a source as the configuration has it, such as
+            ``{"format": "images", "path": "photos"}``.
+        by: ``kernel``: dot products of Fisher features (Jaakkola & Haussler, 1998). ``cosine``: the same of features of
+            length one. ``class_gap``: cosines in the coordinates in which samples of one class are more alike than
+            those of two (Rácz & Daróczy, 2021). ``influence``: by how much training on the sample raises the log
+            probability of the query's class, in nats, to first order, ``sᵀ (F + δ)⁻¹ s' / N`` (Koh & Liang, 2017, with
+            the Fisher as Hessian). ``ridge``: by how much the squared error of the linear model at the query would be
+            larger without the sample, exactly.
+        rows: of the queries, ``[first, last)``.
+        top: training samples listed for each query, at either end.
+        target: of ``influence`` and ``ridge``: on the query's ``label``, or on what it is ``taken`` for.
+        full: keep the scores of all training samples as ``scores.zarr``, ``(N, Q)``.
+        name: of the folder in ``RUN/scores``; by default made of queries and ``by``.
+        address: of a Ray cluster, as for :func:`fisher_ray.run`.
+        overrides: of the run's ``runtime`` keys, as in ``runtime.num_workers=2``.
+        fresh: start anew in the same folder.
+        progress: as for :func:`fisher_ray.run`.
+
+    Returns:
+        ``place`` of the folder, which holds ``top/*.parquet`` (``query``, ``end``, ``place``, ``row``, ``label``,
+        ``score``), ``queries/*.parquet`` (``row``, ``label``, ``taken``, ``probability`` and ``norm``, the whitened
+        square norm, which is large for what is unlike anything) and ``report.html``; ``num_queries``, ``num_rows``,
+        ``seconds``, ``class_names``, and ``shown``: the first queries with their best.
+
+    Raises:
+        RequestError: if the request is wrong, or the run has not come so far.
+        DataError: if a row or a store is wrong.
+        StoppedError: if it ended early; ask again to go on.
+    """
+    asked = {"queries": queries if isinstance(queries, str) else dict(queries), "rows": rows, "by": by, "top": top}
+    request = ScoreConfig.checked({**asked, "target": target, "full": full}).located()
+    folder = f"scores/{name or _name(request)}"
+    if "/" in folder.removeprefix("scores/") or folder.endswith("/.."):
+        raise ConfigError(f"name {name!r} is not the name of a folder. Give one without '/'.")
+
+    def work(stages: AttributionStages, config: Config, facts: Facts) -> dict[str, Any]:
+        return stages.score(request)
+
+    settings = request.model_dump(mode="json")
+    job = _Job(run, folder, settings, overrides, address, fresh)
+    return job.run(progress, work, write_scores, request)
+
+
+def audit(
+    run: str,
+    *,
+    top: int = 1000,
+    address: str | None = None,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """List the training samples of a finished run whose labels look wrong, on Ray; what was begun goes on.
+
+    Each sample is judged by the ridge regression on Fisher features that was fitted to all the others, in closed form.
+
+    Args:
+        run: the run folder.
+        top: how many are listed, the most suspected first.
+        address: as for :func:`score`.
+        overrides: as for :func:`score`.
+        fresh: as for :func:`score`.
+        progress: as for :func:`score`.
+
+    Returns:
+        ``place`` of the folder ``RUN/audit``, which holds ``suspects.parquet``, ``rows.zarr`` (all samples) and
+        ``report.html``; ``num_rows``; ``num_against``: how many another class is suggested for; ``shown``: the first
+        few; ``seconds``.
+
+    Raises:
+        RequestError: if the request is wrong, or the run has not come so far.
+        DataError: if a row or a store is wrong.
+        StoppedError: if it ended early; ask again to go on.
+    """
+    request = AuditConfig.checked({"top": top})
+
+    def work(stages: AttributionStages, config: Config, facts: Facts) -> dict[str, Any]:
+        return stages.audit(request)
+
+    job = _Job(run, AUDIT, request.model_dump(mode="json"), overrides, address, fresh)
+    return job.run(progress, work, write_audit, None)
+
+
+def _name(request: ScoreConfig) -> str:
+    queries = request.queries if isinstance(request.queries, str) else "elsewhere"
+    return f"{queries}-{request.by}"
+
+
+class _Job:
+    """One question to a run.
+
+    Args:
+        run: the run folder.
+        folder: of the answer, in it.
+        settings: what is asked, in plain values.
+        overrides: of ``runtime`` keys.
+        address: of a Ray cluster.
+        fresh: whether to start anew.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        folder: str,
+        settings: dict[str, Any],
+        overrides: Sequence[str],
+        address: str | None,
+        fresh: bool,
+    ) -> None:
+        self._url, self._folder, self._settings = run.rstrip("/"), folder, settings
+        self._overrides, self._session, self._fresh = overrides, Session(address), fresh
+
+    def run(
+        self,
+        progress: Progress | None,
+        work: Callable[[AttributionStages, Config, Facts], dict[str, Any]],
+        write: Callable[..., None],
+        request: ScoreConfig | None,
+    ) -> dict[str, Any]:
+        """Do the work, and write the page of it."""
+        if progress is None:
+            with show_progress(new_console()) as shown:
+                return self.run(shown, work, write, request)
+        document = read_run(Storage(self._url))
+        config = self._config(document)
+        needed = ["base", "metric", "features/train"]
+        needed += ["features/test"] if request is not None and request.queries == "test" else []
+        needed += ["linear"] if request is None or request.by == "ridge" else []
+        _refuse_unfinished(self._url, document, needed)
+        if request is None or request.by == "ridge":
+            _refuse_stacked(config)
+        facts = inspect_request(config)
+        _refuse_others(self._url, document, facts)
+        if request is not None and not isinstance(request.queries, str):
+            config, facts = inspect_queries(config, facts, request)
+        place, storage = f"{self._url}/{self._folder}", Storage(f"{self._url}/{self._folder}")
+        refuse_foreign(storage)
+        with Claim(place, progress.note) as claim:
+            told = {"identity": self._settings, "fingerprints": {**facts.fingerprints, **_sealed(document)}}
+            journal = Journal.open(storage, told, fresh=self._fresh, check=claim.check, own=OWN)
+            for name, value in document["decisions"].items():
+                journal.decide(name, value)
+            facts = replace(facts, **{key: journal.decide(key, getattr(facts, key)) for key in _SIZES})
+
+            def note(text: str) -> None:
+                progress.note(text)
+                journal.event("note", text=text)
+
+            results = {name: stage["result"] for name, stage in document["stages"].items() if stage.get("sealed")}
+            with closing(self._session), closing(Crew(self._session, config, facts, note, journal.decide)) as crew:
+                given = (config, facts, journal, self._session, crew, claim, progress, note, self._folder, results)
+                found = work(AttributionStages(*given), config, facts)
+            claim.check()
+            write(storage, found, self._settings, facts.class_names, partial(_picture, storage))
+            storage.remove_partials()
+        names = None if facts.class_names is None else list(facts.class_names)
+        return {"place": place, "class_names": names, **found}
+
+    def _config(self, document: dict[str, Any]) -> Config:
+        if wrong := [item for item in self._overrides if not item.startswith("runtime.")]:
+            raise ConfigError(f"--set {wrong[0]}: of a finished run, keys of 'runtime' alone can be replaced.")
+        return Config.from_dict(document["config"], [*self._overrides, f"output={json.dumps(self._url)}"]).located()
+
+
+_SIZES = ("micro_batch", "micro_batch_gpu")
+
+
+def _picture(storage: Storage, name: str) -> bytes:
+    return storage.read_bytes(f"{PICTURES}/{name}.png")
+
+
+def _sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """Return what changes when the run's features do."""
+    stages = document["stages"]
+    found = {"metric": stages["metric"]["result"]["fingerprint"], "network": stages["base"]["result"]["fingerprint"]}
+    linear = stages.get("linear", {}).get("result") or {}
+    return {**found, "linear": json.dumps({key: linear.get(key) for key in ("penalty", "rank", "damping")})}
+
+
+def _refuse_unfinished(url: str, document: dict[str, Any], needed: Sequence[str]) -> None:
+    for name in needed:
+        if not document["stages"].get(name, {}).get("sealed"):
+            raise RequestError(f"{url} has no finished stage {name!r}, which this needs. Run it again; it goes on.")
+
+
+def _refuse_stacked(config: Config) -> None:
+    if config.linear.num_stacked is not None:
+        raise RequestError(
+            "linear.view_mode stack: the views of a sample are rows of their own, and leaving out one of them is not "
+            "leaving out the sample. Run with linear.view_mode: average."
+        )
+
+
+def _refuse_others(url: str, document: dict[str, Any], facts: Facts) -> None:
+    before = document["fingerprints"]
+    if changed := [name for name, value in facts.fingerprints.items() if before.get(name) != value]:
+        raise ResumeMismatchError(
+            f"{url} was made of another model or data: the fingerprint of {', '.join(changed)} differs. Put back what "
+            "it was made of."
+        )

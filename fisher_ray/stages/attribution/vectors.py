@@ -1,0 +1,84 @@
+"""Rows of a feature store as vectors whose dot products are the scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisher_ray.config import By
+from fisher_ray.errors import RequestError
+from fisher_ray.metric import SparseMetric
+from fisher_ray.stages.passes import mean_views
+from fisher_ray.stages.workbench import Workbench
+
+CLASS_GAP = "class-gap.zarr"
+"""The sparse metric of ``class_gap``, in the folder of the scores."""
+
+
+def feature_rows(block: dict[str, Tensor]) -> Tensor:
+    """Return a block's features ``(B, F)``, those of stacked views averaged."""
+    x = block["x"]
+    return x if x.ndim == 2 else mean_views(list(x.unbind(1)))
+
+
+def vectors(bench: Workbench, by: By, block: dict[str, Tensor], classes: Tensor, folder: str) -> Tensor:
+    """Return the vectors of a block's samples, float32 ``(B, K)``.
+
+    Args:
+        bench: of the run.
+        by: any but ``ridge``.
+        block: of :func:`~fisher_ray.stages.shallow.store_rows`, features alone.
+        classes: of ``influence``, whose score is meant, int64 ``(B,)``.
+        folder: of the scores, in the run folder.
+    """
+    x = feature_rows(block)
+    if by == "kernel":
+        return x
+    if by == "cosine":
+        return unit_length(x)
+    if by == "class_gap":
+        metric: SparseMetric = bench.keep("class gap", f"{folder}/{CLASS_GAP}", SparseMetric.load)
+        return unit_length(metric.transform(x))
+    return label_scores(x, block["logits"], classes, bench.config.scores.labels)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Return vectors ``(B, K)`` over their lengths; those of zeros stay."""
+    return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Tensor:
+    """Return the whitened score of one class of each sample, ``(Λ + δ)^(−½) Uᵀ s_c``.
+
+    Features of all classes are weighted by ``√p_c``, which is taken out again. In float16 a probability below 1e-12
+    leaves less than three digits of it. Of averaged views, both the features and the logits are means.
+
+    Args:
+        x: features, ``(B, C · R)``, or ``(B, R)`` of true labels.
+        logits: ``(B, C)``.
+        classes: int64 ``(B,)``.
+        labels: ``scores.labels`` of the run.
+
+    Returns:
+        ``(B, R)``, in the dtype of ``x``.
+
+    Raises:
+        RequestError: if the features are of labels that were drawn.
+    """
+    if labels == "true":
+        return x
+    if labels != "all":
+        raise RequestError(
+            f"the influence on the network takes the scores of known classes, and this run's are of {labels} labels. "
+            "Ask for by: kernel, or run with scores.labels: all."
+        )
+    rows, classes = torch.arange(len(x)), classes.long()
+    chosen = x.reshape(len(x), logits.shape[1], -1)[rows, classes]
+    root = (0.5 * logits.double().log_softmax(dim=1)[rows, classes]).exp()
+    tiny = torch.finfo(torch.float64).tiny
+    return (chosen.double() / root.clamp_min(tiny)[:, None]).to(x.dtype)
+
+
+def square_norms(x: Tensor) -> Tensor:
+    """Return ``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` of features ``(B, F)``, float64 ``(B,)``: how novel samples are."""
+    return x.double().square().sum(1)

@@ -1,0 +1,200 @@
+"""The stages of scoring training samples for queries, and of auditing labels, on a run that is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fisher_ray.config import AuditConfig, Config, ScoreConfig
+from fisher_ray.errors import ConfigError
+from fisher_ray.journal import Journal
+from fisher_ray.records import Progress, Unit
+from fisher_ray.runtime import Claim, Crew, Session
+from fisher_ray.stages import Facts, planning, tasks
+from fisher_ray.stages.attribution import audit, listing, ridge, search
+from fisher_ray.stages.passes import feature_spec
+from fisher_ray.staging.gram import CHOSEN, GramStages
+from fisher_ray.store import FeatureStore, create_store, open_features, seal
+
+NUM_SUSPECTS = 24
+"""Suspected labels on the page."""
+
+
+class AttributionStages(GramStages):
+    """Scores or audit of one run.
+
+    Args:
+        config: of the run; where queries come from elsewhere, with these in place of the test split.
+        facts: of the same.
+        journal: of the scores, in their own folder.
+        session: the connection to Ray.
+        crew: the workers.
+        claim: on the folder.
+        progress: hears how it goes.
+        note: told what a user may want to know.
+        folder: of the scores, in the run folder.
+        stages: results of the run's stages, by name.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        facts: Facts,
+        journal: Journal,
+        session: Session,
+        crew: Crew,
+        claim: Claim,
+        progress: Progress,
+        note: Callable[[str], None],
+        folder: str,
+        stages: dict[str, dict[str, Any]],
+    ) -> None:
+        """See the class."""
+        super().__init__(config, facts, journal, session, crew, claim, progress, note, folder)
+        self._folder, self._stages = folder, stages
+
+    def score(self, request: ScoreConfig) -> dict[str, Any]:
+        """Score every training row for every query.
+
+        Returns:
+            ``num_queries``, ``num_rows``, ``shown`` and ``pairs`` (as of
+            :func:`fisher_ray.stages.attribution.listing.list_best`), ``drawn``, ``seconds`` by stage.
+        """
+        if request.store is None:
+            units = planning.split_units(self._config, self._facts, "test")
+            self._stage("queries", len(units), partial(self._write_queries, units))
+        if request.by == "ridge":
+            self._stage("ridge", self._num_linear_units(), self._fit_ridge)
+        units = self._train_units()
+        if request.by == "class_gap":
+            self._stage("class_gap", len(units), partial(self._fit_class_gap, units))
+        blocks = self._query_blocks(request)
+        for block in blocks:
+            self._stage(f"search/{block.start}", len(units), partial(self._search, request, units, block))
+        found = [self._journal.result(f"search/{block.start}") for block in blocks]
+        split = "shallow" if request.queries == "shallow" else "test"
+        self._stage("pictures", None, partial(self._draw, _pictures(split, found[0]["shown"])))
+        self._storage.remove(ridge.RIDGE)
+        return {
+            "num_queries": sum(item["num_queries"] for item in found),
+            "num_rows": self._train_store.num_rows - len(self._train_store.skipped),
+            "shown": found[0]["shown"],
+            "split": split,
+            "pairs": _added([item["pairs"] for item in found]),
+            "drawn": self._journal.result("pictures")["drawn"],
+            "seconds": {name: item["seconds"] for name, item in self._journal.results().items()},
+        }
+
+    def audit(self, request: AuditConfig) -> dict[str, Any]:
+        """Judge every training row's label.
+
+        Returns:
+            ``num_rows``, ``num_against`` and ``shown`` (as of
+            :func:`fisher_ray.stages.attribution.audit.list_suspects`), ``drawn``, ``seconds`` by stage.
+        """
+        units, folder = self._train_units(), self._folder
+        self._stage("ridge", self._num_linear_units(), self._fit_ridge)
+        self._stage("rows", len(units), partial(self._audit_rows, units))
+        listed = {"folder": folder, "top": request.top, "num_shown": NUM_SUSPECTS}
+        self._stage("suspects", None, lambda: self._solo("suspects", audit.list_suspects, **listed))
+        found = self._journal.result("suspects")
+        self._stage("pictures", None, partial(self._draw, [["shallow", line["index"]] for line in found["shown"]]))
+        self._storage.remove(ridge.RIDGE)
+        seconds = {name: item["seconds"] for name, item in self._journal.results().items()}
+        return {**found, "drawn": self._journal.result("pictures")["drawn"], "seconds": seconds}
+
+    @property
+    def _train_store(self) -> FeatureStore:
+        return open_features(f"{self._config.output.rstrip('/')}/features/train.zarr")
+
+    def _train_units(self) -> list[Unit]:
+        return planning.split_units(self._config, self._facts, "shallow")
+
+    @property
+    def _rank(self) -> int:
+        return int(self._stages["metric"]["rank"])
+
+    def _write_queries(self, units: list[Unit]) -> dict[str, Any]:
+        metric, name = self._stages["metric"], f"{self._folder}/{search.QUERIES}"
+        attributes = {"split": "queries", "labels": self._config.scores.labels}
+        spec = feature_spec(self._config, self._facts, "test", self._rank, metric["feature_rms"], attributes)
+        pair = (partial(task, split="test", name=name) for task in (tasks.write_features, tasks.try_features))
+        return self._write_units("queries", "test", search.QUERIES, spec, units, *pair)
+
+    def _num_linear_units(self) -> int:
+        return sum(map(len, self._linear_units(self._rank).values()))
+
+    def _fit_ridge(self) -> dict[str, Any]:
+        units = self._linear_units(self._rank)
+        fit = self._sum_gram("ridge", units["fit"], "fit", self._rank)
+        chosen = self._stages["linear"]
+        if self._config.linear.model != "ridge":
+            chosen = self._choose_penalty("ridge", fit)
+        validation = self._sum_gram("ridge", units["validation"], "validation", self._rank)
+        kept = {name: chosen[name] for name in CHOSEN if name != "temperature"}
+        fitted = self._solo("ridge", ridge.save_ridge, fit, validation, folder=self._folder, **kept)
+        return {**fitted, "temperature": chosen["temperature"]}
+
+    def _fit_class_gap(self, units: list[Unit]) -> dict[str, Any]:
+        sums = self._reduce("class_gap", search.sum_class_gaps, units)
+        return self._solo("class_gap", search.save_class_gap, sums, folder=self._folder)
+
+    def _query_store(self, request: ScoreConfig) -> FeatureStore:
+        output = self._config.output.rstrip("/")
+        return open_features(f"{output}/{request.store}" if request.store else self._url(search.QUERIES))
+
+    def _query_blocks(self, request: ScoreConfig) -> list[range]:
+        store = self._query_store(request)
+        blocks = search.query_blocks(request, store)
+        if request.full and len(blocks) > 1:
+            raise ConfigError(
+                f"full: {len(blocks[0]):,} queries can be kept with all their scores, and there are more. Ask for "
+                "fewer with rows, or leave full out."
+            )
+        return blocks
+
+    def _search(self, request: ScoreConfig, units: list[Unit], block: range) -> dict[str, Any]:
+        given: dict[str, Any] = {"request": request.model_dump(mode="json"), "folder": self._folder}
+        given |= {"start": block.start, "stop": block.stop}
+        if request.full:
+            self._create_scores(request, self._query_store(request), block)
+        stage = f"search/{block.start}"
+        found = self._reduce(stage, search.search_rows, units, merge=search.merge_found, **given)
+        listed = self._solo(stage, listing.list_best, found, **given)
+        if request.full:
+            seal(self._url(search.SCORES), len(units))
+        return listed
+
+    def _create_scores(self, request: ScoreConfig, store: FeatureStore, block: range) -> None:
+        gone = sum(row in block for row in store.skipped)
+        attributes = {"by": request.by, "queries": [block.start, block.stop]}
+        rows = self._config.runtime.unit_rows
+        create_store(
+            self._url(search.SCORES), search.score_spec(self._train_store, len(block) - gone, rows, attributes)
+        )
+
+    def _draw(self, shown: list[list[Any]]) -> dict[str, Any]:
+        return self._solo("pictures", listing.draw_shown, shown=shown, folder=self._folder)
+
+    def _audit_rows(self, units: list[Unit]) -> dict[str, Any]:
+        has_scores = self._config.scores.labels in ("all", "true")
+        spec = audit.audit_spec(self._train_store, self._config.runtime.unit_rows, {}, has_scores)
+        temperature = self._journal.result("ridge")["temperature"]
+        task = partial(audit.audit_rows, folder=self._folder, temperature=temperature)
+        return self._write_units("rows", "shallow", audit.ROWS, spec, units, task, None)
+
+
+def _pictures(split: str, shown: list[dict[str, Any]]) -> list[list[Any]]:
+    """Return split and row of every picture that is shown, each once."""
+    rows = [(split, item["row"]) for item in shown]
+    rows += [("shallow", near["row"]) for item in shown for end in ("highest", "lowest") for near in item[end]]
+    return [[*item] for item in dict.fromkeys(rows)]
+
+
+def _added(pairs: list[list[list[int]] | None]) -> list[list[int]] | None:
+    """Add counts ``(2, bins)``, of which there are all or none."""
+    counted = [item for item in pairs if item is not None]
+    return np.sum(counted, axis=0).tolist() if counted else None
