@@ -71,7 +71,7 @@ def write_scores(
         body = table(("query", "label", "end", "training row", "its label", "score"), rows, "The first queries")
     parts = [f"<section><h2>The first queries</h2>{body}</section>", figure_section(drawn), _asked(settings, found)]
     write_drawings(storage, "figures", drawn)
-    page = document("Which training samples it is like", f'<p class="soft">{escape(lead)}</p>', parts)
+    page = document("Training samples by their score", f'<p class="soft">{escape(lead)}</p>', parts)
     storage.write_bytes("report.html", page.encode())
     _write_json(storage, "scores.json", settings, found)
 
@@ -94,7 +94,7 @@ def write_audit(
     )
     body = ""
     if found["drawn"]:
-        body = f'<div class="cards">{"".join(_suspect_card(item, called, picture_of) for item in shown)}</div>'
+        body = f'<div class="cards small">{"".join(_suspect_card(item, called, picture_of) for item in shown)}</div>'
     rows = [_suspect_line(item, called) for item in shown]
     body += table(SUSPECT_COLUMNS, rows, "The most suspected labels", kind="numbers")
     parts = [f"<section><h2>The most suspected labels</h2>{body}</section>", _asked(settings, found)]
@@ -195,7 +195,7 @@ def _query_lines(item: Mapping[str, Any], by: str, names: Sequence[str]) -> list
 def _suspect_card(item: Mapping[str, Any], names: Sequence[str], picture_of: Picture) -> str:
     label, suggested = names[item["label"]], names[item["suggested"]]
     shown = picture(picture_of(f"shallow-{item['index']}"), f"training row {item['index']}: {label}", "asked")
-    text = f"Row {item['index']:,}: labelled {label}, suggested {suggested}."
+    text = f"Row {item['index']:,}: {label}? Rather {suggested}."
     return f'<figure class="card"><div class="strip">{shown}</div><figcaption>{escape(text)}</figcaption></figure>'
 
 

@@ -66,6 +66,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 .strip img { display: block; image-rendering: pixelated; object-fit: contain; background: var(--tint); }
 .asked { width: 6rem; height: 6rem; margin-right: .5rem; } .near { width: 3.75rem; height: 3.75rem; margin: auto; }
 .pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
+.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
 .ends p { margin: 0 0 .2rem; text-align: left; } .ends .strip { flex-wrap: wrap; margin-bottom: .6rem; }
 .strip span { color: var(--soft); font-size: .8rem; line-height: 1.25; }
 summary { cursor: pointer; font-weight: 600; margin-top: 1rem; }

@@ -99,7 +99,7 @@ def list_suspects(bench: Workbench, *, folder: str, top: int, num_shown: int) ->
     """Write :data:`SUSPECTS`: the rows with the smallest margins, the smallest first.
 
     Returns:
-        ``num_rows``, ``num_against``: how many rows another class is suggested for; ``shown``: the first few.
+        ``num_rows``, ``num_against``: how many rows another class is suggested for; ``shown``: the first few of these.
     """
     store = open_features(bench.url(f"{folder}/{ROWS}"))
     names = [name for name in COLUMNS if name in store.arrays]
@@ -114,6 +114,7 @@ def list_suspects(bench: Workbench, *, folder: str, top: int, num_shown: int) ->
             line = {name: chunk[name][place].item() for name in names}
             (heapq.heappush if len(worst) < top else heapq.heapreplace)(worst, (*item, line))
     lines = [line for *_, line in sorted(worst, key=lambda item: item[:2], reverse=True)]
+    against = [line for line in lines if line["suggested"] != line["label"]]
     columns = {("row" if name == "index" else name): [line[name] for line in lines] for name in names}
     bench.storage.write_bytes(f"{folder}/{SUSPECTS}", to_parquet(columns))
-    return {"num_rows": num_rows, "num_against": num_against, "shown": lines[:num_shown]}
+    return {"num_rows": num_rows, "num_against": num_against, "shown": against[:num_shown]}

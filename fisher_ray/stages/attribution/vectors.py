@@ -44,7 +44,8 @@ def vectors(bench: Workbench, by: By, block: dict[str, Tensor], classes: Tensor,
 
 def unit_length(x: Tensor) -> Tensor:
     """Return vectors ``(B, K)`` over their lengths; those of zeros stay."""
-    return x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / lengths.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Tensor:
