@@ -19,7 +19,7 @@ from fisher_ray.runtime import Claim, Crew, Session
 from fisher_ray.stages import Facts, inspect_request
 from fisher_ray.stages.attribution.listing import PICTURES
 from fisher_ray.stages.workbench import inspect_queries
-from fisher_ray.staging.attribution import AttributionStages
+from fisher_ray.staging.attribution import AttributionStages, index_folder
 from fisher_ray.storage import Storage
 
 AUDIT = "audit"
@@ -47,6 +47,8 @@ def score(
     top: int = 10,
     target: str = "label",
     full: bool = False,
+    index: str | None = None,
+    index_parameters: str | None = None,
     name: str | None = None,
     address: str | None = None,
     overrides: Sequence[str] = (),
@@ -72,6 +74,10 @@ def score(
         top: training samples listed for each query, at either end.
         target: of ``influence`` and ``ridge``: on the query's ``label``, or on what it is ``taken`` for.
         full: keep the scores of all training samples as ``scores.zarr``, ``(N, Q)``.
+        index: search approximately, in a FAISS index of this factory string, such as ``IVF64,Flat``, which is made
+            when first asked for and kept in ``RUN/indexes``; of ``kernel`` and ``cosine``, and of the highest scores
+            alone. By default exactly.
+        index_parameters: of FAISS, such as ``nprobe=16``.
         name: of the folder in ``RUN/scores``; by default made of queries and ``by``.
         address: of a Ray cluster, as for :func:`fisher_ray.run`.
         overrides: of the run's ``runtime`` keys, as in ``runtime.num_workers=2``.
@@ -89,18 +95,32 @@ def score(
         DataError: if a row or a store is wrong.
         StoppedError: if it ended early; ask again to go on.
     """
-    asked = {"queries": queries if isinstance(queries, str) else dict(queries), "rows": rows, "by": by, "top": top}
-    request = ScoreConfig.checked({**asked, "target": target, "full": full}).located()
+    asked: dict[str, Any] = {
+        "queries": queries if isinstance(queries, str) else dict(queries),
+        "rows": rows,
+        "by": by,
+        "top": top,
+    }
+    asked |= {"target": target, "full": full, "index": index, "index_parameters": index_parameters}
+    request = ScoreConfig.checked(asked).located()
     folder = f"scores/{name or _name(request)}"
     if "/" in folder.removeprefix("scores/") or folder.endswith("/.."):
         raise ConfigError(f"name {name!r} is not the name of a folder. Give one without '/'.")
 
-    def work(stages: AttributionStages, config: Config, facts: Facts) -> dict[str, Any]:
-        return stages.score(request)
+    if request.index is not None:
+        _make_index(run, request, overrides, address, progress)
+    job = _Job(run, folder, request.model_dump(mode="json"), overrides, address, fresh)
+    return job.run(progress, lambda stages: stages.score(request), write_scores, request)
 
-    settings = request.model_dump(mode="json")
-    job = _Job(run, folder, settings, overrides, address, fresh)
-    return job.run(progress, work, write_scores, request)
+
+def _make_index(
+    run: str, request: ScoreConfig, overrides: Sequence[str], address: str | None, progress: Progress | None
+) -> None:
+    """Make the index that is asked for, as far as it is not there."""
+    settings = {"by": request.by, "index": request.index}
+    job = _Job(run, index_folder(request), settings, overrides, address, fresh=False)
+    asked = ScoreConfig(queries="shallow", by=request.by)
+    job.run(progress, lambda stages: stages.index(request), None, asked)
 
 
 def audit(
@@ -136,11 +156,8 @@ def audit(
     """
     request = AuditConfig.checked({"top": top})
 
-    def work(stages: AttributionStages, config: Config, facts: Facts) -> dict[str, Any]:
-        return stages.audit(request)
-
     job = _Job(run, AUDIT, request.model_dump(mode="json"), overrides, address, fresh)
-    return job.run(progress, work, write_audit, None)
+    return job.run(progress, lambda stages: stages.audit(request), write_audit, None)
 
 
 def _name(request: ScoreConfig) -> str:
@@ -175,11 +192,11 @@ class _Job:
     def run(
         self,
         progress: Progress | None,
-        work: Callable[[AttributionStages, Config, Facts], dict[str, Any]],
-        write: Callable[..., None],
+        work: Callable[[AttributionStages], dict[str, Any]],
+        write: Callable[..., None] | None,
         request: ScoreConfig | None,
     ) -> dict[str, Any]:
-        """Do the work, and write the page of it."""
+        """Do the work, and write the page of it, if it has one."""
         if progress is None:
             with show_progress(new_console()) as shown:
                 return self.run(shown, work, write, request)
@@ -211,9 +228,10 @@ class _Job:
             results = {name: stage["result"] for name, stage in document["stages"].items() if stage.get("sealed")}
             with closing(self._session), closing(Crew(self._session, config, facts, note, journal.decide)) as crew:
                 given = (config, facts, journal, self._session, crew, claim, progress, note, self._folder, results)
-                found = work(AttributionStages(*given), config, facts)
+                found = work(AttributionStages(*given))
             claim.check()
-            write(storage, found, self._settings, facts.class_names, partial(_picture, storage))
+            if write is not None:
+                write(storage, found, self._settings, facts.class_names, partial(_picture, storage))
             storage.remove_partials()
         names = None if facts.class_names is None else list(facts.class_names)
         return {"place": place, "class_names": names, **found}

@@ -16,7 +16,19 @@ from fisher_ray.storage import Storage
 SCHEMA = 1
 PROGRAM = "fisher_ray"
 RUN_FILE, EVENTS_FILE, CLAIM_FILE = "run.json", "events.jsonl", "claim.json"
-OWN = ("base", "basis.zarr", "metric.zarr", "features", "linear", "gradnet", "report", "sums", "scores", "audit")
+OWN = (
+    "base",
+    "basis.zarr",
+    "metric.zarr",
+    "features",
+    "linear",
+    "gradnet",
+    "report",
+    "sums",
+    "scores",
+    "audit",
+    "indexes",
+)
 """What a run writes into its folder, besides ``run.json`` and its events."""
 EVENTS_EVERY_S = 30.0
 """Least time between two writes of the events, stages' ends apart."""

@@ -35,6 +35,17 @@ Target = Annotated[
     str, typer.Option("--target", help="Of influence and ridge: on the query's label, or on what it is taken for.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Keep the scores of all training samples, as scores.zarr.")]
+Index = Annotated[
+    str | None,
+    typer.Option(
+        "--index",
+        metavar="FACTORY",
+        help="Search approximately in a FAISS index, such as IVF64,Flat; kept with the run.",
+    ),
+]
+IndexParameters = Annotated[
+    str | None, typer.Option("--index-parameters", metavar="TEXT", help="Of FAISS, such as nprobe=16.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="Of the folder in RUN/scores.")]
 Suspects = Annotated[int, typer.Option("--top", help="Training samples listed, the most suspected first.")]
 RuntimeOverrides = Annotated[
@@ -51,6 +62,8 @@ def score(
     top: Top = 10,
     target: Target = "label",
     full: Full = False,
+    index: Index = None,
+    index_parameters: IndexParameters = None,
     name: Name = None,
     overrides: RuntimeOverrides = None,
     address: Address = None,
@@ -69,7 +82,14 @@ def score(
         from fisher_ray.report import attribution as pages
 
         asked: dict[str, Any] = {"by": by, "rows": _span(rows), "top": top, "target": target, "full": full}
-        asked |= {"name": name, "address": address, "overrides": overrides or (), "fresh": fresh}
+        asked |= {
+            "index": index,
+            "index_parameters": index_parameters,
+            "name": name,
+            "address": address,
+            "overrides": overrides or (),
+            "fresh": fresh,
+        }
         with _shown(quiet, as_json, debug) as (progress, tell):
             found = attribution.score(run, _source(queries), **asked, progress=progress)
             tell(found, lambda: pages.render_scores(found, by, found["class_names"]))

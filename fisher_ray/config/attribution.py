@@ -30,11 +30,20 @@ class ScoreConfig(Section):
     """Of ``influence`` and ``ridge``: on the query's own class, or on the one that the network takes it for."""
     full: bool = False
     """Whether the score of every training sample is kept, too."""
+    index: str | None = None
+    """Search approximately, in a FAISS index made by this factory string, such as ``IVF64,Flat``, which is kept with
+    the run; of ``kernel`` and ``cosine``. ``null``: exactly."""
+    index_parameters: str | None = None
+    """Of FAISS, such as ``nprobe=16``: more finds more, and takes longer."""
 
     @model_validator(mode="after")
     def _check(self) -> ScoreConfig:
         if self.rows is not None and not 0 <= self.rows[0] < self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} are none. Give [first, last), first < last")
+        if self.index is not None and (self.by not in ("kernel", "cosine") or self.full):
+            raise ValueError(f"an index finds the highest scores by kernel or cosine, not {self.by}, nor all (full)")
+        if self.index is None and self.index_parameters is not None:
+            raise ValueError("index_parameters are of an index. Give index, too")
         return self
 
     def located(self) -> ScoreConfig:

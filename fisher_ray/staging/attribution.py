@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +16,7 @@ from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Unit
 from fisher_ray.runtime import Claim, Crew, Session
 from fisher_ray.stages import Facts, planning, tasks
-from fisher_ray.stages.attribution import audit, listing, ridge, search
+from fisher_ray.stages.attribution import audit, index, listing, ridge, search
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.staging.gram import CHOSEN, GramStages
 from fisher_ray.store import FeatureStore, create_store, open_features, seal
@@ -106,6 +108,20 @@ class AttributionStages(GramStages):
         seconds = {name: item["seconds"] for name, item in self._journal.results().items()}
         return {**found, "drawn": self._journal.result("pictures")["drawn"], "seconds": seconds}
 
+    def index(self, request: ScoreConfig) -> dict[str, Any]:
+        """Make the index of a request, which this job's folder is of."""
+        units, given = self._train_units(), {"by": request.by, "folder": self._folder}
+        train = partial(self._solo, "train", index.train_index, factory=request.index, **given)
+        self._stage("train", None, train)
+        self._stage("fill", len(units), partial(self._fill_index, units, given))
+        return self._journal.result("train")
+
+    def _fill_index(self, units: list[Unit], given: dict[str, Any]) -> dict[str, Any]:
+        there = {*self._storage.list()}
+        todo = [unit for unit in units if index.part_name(unit.index) not in there]
+        self._pool.map("fill", index.fill_index, todo, partial(self._received, "fill"), **given)
+        return {"num_units": len(units)}
+
     @property
     def _train_store(self) -> FeatureStore:
         return open_features(f"{self._config.output.rstrip('/')}/features/train.zarr")
@@ -162,7 +178,11 @@ class AttributionStages(GramStages):
         if request.full:
             self._create_scores(request, self._query_store(request), block)
         stage = f"search/{block.start}"
-        found = self._reduce(stage, search.search_rows, units, merge=search.merge_found, **given)
+        task: Callable[..., Any] = search.search_rows
+        more = {}
+        if request.index is not None:
+            task, more = index.search_index, {"index": index_folder(request)}
+        found = self._reduce(stage, task, units, merge=search.merge_found, **given, **more)
         listed = self._solo(stage, listing.list_best, found, **given)
         if request.full:
             seal(self._url(search.SCORES), len(units))
@@ -185,6 +205,12 @@ class AttributionStages(GramStages):
         temperature = self._journal.result("ridge")["temperature"]
         task = partial(audit.audit_rows, folder=self._folder, temperature=temperature)
         return self._write_units("rows", "shallow", audit.ROWS, spec, units, task, None)
+
+
+def index_folder(request: ScoreConfig) -> str:
+    """Return where in the run folder the index of a request is."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", str(request.index)).strip("-")
+    return f"indexes/{request.by}-{name}-{hashlib.sha256(str(request.index).encode()).hexdigest()[:8]}"
 
 
 def _pictures(split: str, shown: list[dict[str, Any]]) -> list[list[Any]]:

@@ -54,6 +54,31 @@ class Best:
             }
             self._arrays |= _merge_end(self._arrays, new, end, self._top)
 
+    def add_found(
+        self, scores: Tensor, places: Tensor, rows: Tensor, labels: Tensor, own: Tensor | None = None
+    ) -> None:
+        """Take in the highest scores of each query, that something else has found.
+
+        Args:
+            scores: float32 ``(Q, M)``.
+            places: of what has them among ``rows``, int64 ``(Q, M)``, -1 where nothing was found.
+            rows: int64 ``(B,)``.
+            labels: int64 ``(B,)``.
+            own: rows that are the queries themselves, and not meant, int64 ``(Q,)``.
+        """
+        there = places >= 0
+        if not len(rows):
+            return
+        found = rows[places.clamp_min(0)]
+        if own is not None:
+            there &= found != own[:, None]
+        new = {
+            "highest-scores": scores.masked_fill(~there, -math.inf).numpy(),
+            "highest-rows": found.masked_fill(~there, -1).numpy(),
+            "highest-labels": labels[places.clamp_min(0)].masked_fill(~there, -1).numpy(),
+        }
+        self._arrays |= _merge_end(self._arrays, new, "highest", self._top)
+
     def to_arrays(self) -> Arrays:
         """Return ``highest-scores``, ``-rows``, ``-labels`` and ``lowest-…``, each ``(Q, k)``, the best first."""
         return dict(self._arrays)

@@ -75,6 +75,21 @@ class Queries:
     scores: Callable[[dict[str, Tensor]], Tensor]
 
 
+@dataclass(frozen=True)
+class QueryVectors:
+    """Queries as vectors.
+
+    Attributes:
+        index: their rows in their split, ``(Q,)``.
+        labels: ``(Q,)``.
+        vectors: ``(Q, K)``; see :func:`~fisher_ray.stages.attribution.vectors.vectors`.
+    """
+
+    index: Tensor
+    labels: Tensor
+    vectors: Tensor
+
+
 def query_store(bench: Workbench, request: ScoreConfig, folder: str) -> FeatureStore:
     """Open the store of the queries' features."""
     return open_features(bench.url(request.store or f"{folder}/{QUERIES}"))
@@ -113,26 +128,41 @@ def read_queries(bench: Workbench, asked: Asked) -> Queries:
         DataError: if all were skipped.
     """
     request, folder = asked.config, asked.folder
-    store = query_store(bench, request, folder)
-    blocks = [*blocks_of(bench, store, request.by, range(asked.start, asked.stop))]
-    if not blocks:
-        raise DataError(f"of the queries [{asked.start}, {asked.stop}) none is left: all were skipped")
-    classes = torch.cat([target_classes(block, request.target) for block in blocks])
-    index, labels = (torch.cat([block[name] for block in blocks]) for name in ("index", "labels"))
     if request.by == "ridge":
+        blocks = _query_blocks(bench, asked)
+        index, labels, classes = _told(blocks, request.target)
         system = bench.keep("ridge", f"{folder}/{RIDGE}", load_ridge)
         ridge = RidgeInfluence(system, torch.cat([system.standardised(block["x"]) for block in blocks]), classes)
         return Queries(index, labels, lambda block: ridge.scores(block["x"], *_row_labels(bench, block)))
-    parts = torch.split(classes, [len(block["labels"]) for block in blocks])
-    made = [vectors(bench, request.by, block, part, folder) for block, part in zip(blocks, parts, strict=True)]
-    left = torch.cat(made)
-    if request.by == "influence":
-        left = left / train_store(bench).num_rows
+    found = read_vectors(bench, asked)
+    left = found.vectors / (train_store(bench).num_rows if request.by == "influence" else 1)
 
     def scores(block: dict[str, Tensor]) -> Tensor:
         return left @ vectors(bench, request.by, block, block["labels"], folder).mT
 
-    return Queries(index, labels, scores)
+    return Queries(found.index, found.labels, scores)
+
+
+def read_vectors(bench: Workbench, asked: Asked) -> QueryVectors:
+    """Read queries as vectors; errors as :func:`read_queries`."""
+    request, blocks = asked.config, _query_blocks(bench, asked)
+    index, labels, classes = _told(blocks, request.target)
+    parts = torch.split(classes, [len(block["labels"]) for block in blocks])
+    made = [vectors(bench, request.by, block, part, asked.folder) for block, part in zip(blocks, parts, strict=True)]
+    return QueryVectors(index, labels, torch.cat(made))
+
+
+def _query_blocks(bench: Workbench, asked: Asked) -> list[dict[str, Tensor]]:
+    store = query_store(bench, asked.config, asked.folder)
+    blocks = [*blocks_of(bench, store, asked.config.by, range(asked.start, asked.stop))]
+    if not blocks:
+        raise DataError(f"of the queries [{asked.start}, {asked.stop}) none is left: all were skipped")
+    return blocks
+
+
+def _told(blocks: list[dict[str, Tensor]], target: str) -> tuple[Tensor, Tensor, Tensor]:
+    index, labels = (torch.cat([block[name] for block in blocks]) for name in ("index", "labels"))
+    return index, labels, torch.cat([target_classes(block, target) for block in blocks])
 
 
 def _row_labels(bench: Workbench, block: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
