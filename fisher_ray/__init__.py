@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fisher_ray.attribution import audit, score
     from fisher_ray.classifier import (
         FisherClassifier,
         features,
@@ -58,6 +59,7 @@ __all__ = [
     "StorageError",
     "StoreError",
     "WorkersLostError",
+    "audit",
     "class_scores",
     "features",
     "fit_metric",
@@ -66,12 +68,14 @@ __all__ = [
     "per_sample_gradients",
     "project",
     "run",
+    "score",
     "to_ray_dataset",
     "train_linear",
     "write_features",
 ]
 
 _ROOMS = {
+    "attribution": ("audit", "score"),
     "classifier": (
         "FisherClassifier",
         "features",

@@ -73,7 +73,7 @@ def train_index(bench: Workbench, *, factory: str, by: By, folder: str) -> dict[
     except RuntimeError as error:
         raise RequestError(
             f"FAISS makes no index {factory!r} of {dim} dimensions, trained on {len(rows)} rows: "
-            f"{str(error).rpartition(': ')[2]}. Give another one, such as IVF64,Flat."
+            f"{_reason(error)}. Give another one, such as IVF64,Flat."
         ) from None
     bench.storage.write_bytes(f"{folder}/{TRAINED}", faiss.serialize_index(index).tobytes())
     return {"dim": dim, "trained_on": len(rows)}
@@ -135,7 +135,7 @@ def search_index(
                 faiss.ParameterSpace().set_index_parameters(part, config.index_parameters)
             except RuntimeError as error:
                 what = f"index_parameters {config.index_parameters!r}"
-                raise RequestError(f"{what}: {str(error).rpartition(': ')[2]}. Such as nprobe=16.") from None
+                raise RequestError(f"{what}: {_reason(error)}. Such as nprobe=16.") from None
         own = 1 if config.queries == "shallow" else 0
         found, places = part.search(np.ascontiguousarray(queries.vectors.numpy()), config.top + own)
         best = Best(len(queries.index), config.top)
@@ -146,3 +146,8 @@ def search_index(
 
 def _read(faiss: Any, raw: bytes) -> Any:
     return faiss.deserialize_index(np.frombuffer(raw, np.uint8))
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what FAISS says, without where in its code."""
+    return str(error).rpartition(": ")[2]
