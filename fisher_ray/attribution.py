@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -78,7 +79,7 @@ def score(
             when first asked for and kept in ``RUN/indexes``; of ``kernel`` and ``cosine``, and of the highest scores
             alone. By default exactly.
         index_parameters: of FAISS, such as ``nprobe=16``.
-        name: of the folder in ``RUN/scores``; by default made of queries and ``by``.
+        name: of the folder in ``RUN/scores``; by default made of what is asked.
         address: of a Ray cluster, as for :func:`fisher_ray.run`.
         overrides: of the run's ``runtime`` keys, as in ``runtime.num_workers=2``.
         fresh: start anew in the same folder.
@@ -161,8 +162,16 @@ def audit(
 
 
 def _name(request: ScoreConfig) -> str:
-    queries = request.queries if isinstance(request.queries, str) else "elsewhere"
-    return f"{queries}-{request.by}"
+    """Return a name that tells what is asked, and is another one for everything else that may be."""
+    settings = request.model_dump(mode="json", exclude_defaults=True)
+    told = {key: settings.pop(key, None) for key in ("queries", "rows", "by")}
+    queries = request.queries if isinstance(request.queries, str) else f"elsewhere-{_short_hash(told['queries'])}"
+    rows = [] if request.rows is None else [f"{request.rows[0]}-{request.rows[1]}"]
+    return "-".join([queries, *rows, request.by, *([_short_hash(settings)] if settings else [])])
+
+
+def _short_hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class _Job:
@@ -205,9 +214,8 @@ class _Job:
         needed = ["base", "metric", "features/train"]
         needed += ["features/test"] if request is not None and request.queries == "test" else []
         needed += ["linear"] if request is None or request.by == "ridge" else []
-        _refuse_unfinished(self._url, document, needed)
-        if request is None or request.by == "ridge":
-            _refuse_stacked(config)
+        _refuse_unfinished(self._url, document, config, needed)
+        _refuse_unfit(config, "ridge" if request is None else request.by, request)
         facts = inspect_request(config)
         _refuse_others(self._url, document, facts)
         if request is not None and not isinstance(request.queries, str):
@@ -239,7 +247,13 @@ class _Job:
     def _config(self, document: dict[str, Any]) -> Config:
         if wrong := [item for item in self._overrides if not item.startswith("runtime.")]:
             raise ConfigError(f"--set {wrong[0]}: of a finished run, keys of 'runtime' alone can be replaced.")
-        return Config.from_dict(document["config"], [*self._overrides, f"output={json.dumps(self._url)}"]).located()
+        config = Config.from_dict(document["config"], [*self._overrides, f"output={json.dumps(self._url)}"]).located()
+        if config.identity()["runtime"] != document["identity"]["runtime"]:
+            raise ConfigError(
+                "--set: of a finished run, keys of 'runtime' that the last bits of results depend on (cpus_per_worker, "
+                "unit_rows, micro_batch, memory_bytes) cannot be replaced. Leave them out."
+            )
+        return config
 
 
 _SIZES = ("micro_batch", "micro_batch_gpu")
@@ -257,17 +271,31 @@ def _sealed(document: dict[str, Any]) -> dict[str, Any]:
     return {**found, "linear": json.dumps({key: linear.get(key) for key in ("penalty", "rank", "damping")})}
 
 
-def _refuse_unfinished(url: str, document: dict[str, Any], needed: Sequence[str]) -> None:
+def _refuse_unfinished(url: str, document: dict[str, Any], config: Config, needed: Sequence[str]) -> None:
+    if config.linear.model == "gradnet":
+        raise RequestError(f"{url} has GradNet alone, and no Fisher features. Run with linear.model: ridge.")
     for name in needed:
         if not document["stages"].get(name, {}).get("sealed"):
             raise RequestError(f"{url} has no finished stage {name!r}, which this needs. Run it again; it goes on.")
 
 
-def _refuse_stacked(config: Config) -> None:
-    if config.linear.num_stacked is not None:
+def _refuse_unfit(config: Config, by: str, request: ScoreConfig | None) -> None:
+    """Refuse what the run's features do not allow."""
+    labels = config.scores.labels
+    if by == "ridge" and config.linear.num_stacked is not None:
         raise RequestError(
             "linear.view_mode stack: the views of a sample are rows of their own, and leaving out one of them is not "
             "leaving out the sample. Run with linear.view_mode: average."
+        )
+    if by == "influence" and labels not in ("all", "true"):
+        raise RequestError(
+            f"the influence on the network takes the scores of known classes, and this run's are of {labels} labels. "
+            "Ask for by: kernel, or run with scores.labels: all."
+        )
+    if by == "influence" and labels == "true" and request is not None and request.target == "taken":
+        raise RequestError(
+            "this run's features are of the true labels alone, so there are none of what a query is taken for. Ask for "
+            "target: label, or run with scores.labels: all."
         )
 
 

@@ -112,8 +112,12 @@ class RidgeSystem:
             leverage, residual = leverage * weights.double(), residual * weights.double()[:, None]
         return residual / (1 - leverage).clamp_min(SMALLEST)[:, None], leverage
 
-    def leave_one_out(self, z: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return the predictions ``(B, C)`` at training rows by the fit without each; arguments of :meth:`pulls`."""
+    def leave_one_out(self, z: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the predictions ``(B, C)`` at training rows by the fit without each, and their leverages ``(B,)``.
+
+        Arguments as of :meth:`pulls`; the leverages are ``h(x, x)``, whatever the weights.
+        """
         pulls, leverage = self.pulls(z, labels, weights)
-        share = leverage if weights is None else leverage / weights.double().clamp_min(torch.finfo(torch.float64).tiny)
-        return self.scores(z) - share[:, None] * pulls
+        if weights is not None:
+            leverage = leverage / weights.double().clamp_min(torch.finfo(torch.float64).tiny)
+        return self.scores(z) - leverage[:, None] * pulls, leverage

@@ -75,7 +75,7 @@ def _judged(
 ) -> dict[str, np.ndarray]:
     labels, z = block["labels"].long(), system.standardised(block["x"])
     weights = row_weights(bench, labels)
-    left_out = system.leave_one_out(z, labels, weights)
+    left_out, leverage = system.leave_one_out(z, labels, weights)
     own = left_out.gather(1, labels[:, None])[:, 0]
     others = left_out.scatter(1, labels[:, None], -torch.inf)
     found = {
@@ -84,7 +84,7 @@ def _judged(
         "suggested": left_out.argmax(1),
         "margin": own - others.max(1).values,
         "probability": (left_out / temperature).softmax(1).gather(1, labels[:, None])[:, 0],
-        "leverage": system.leverages(z),
+        "leverage": leverage,
         "loss": torch.nn.functional.cross_entropy(block["logits"].double(), labels, reduction="none"),
     }
     if has_scores:

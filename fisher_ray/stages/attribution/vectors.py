@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fisher_ray.config import By
-from fisher_ray.errors import RequestError
 from fisher_ray.metric import SparseMetric
 from fisher_ray.stages.passes import mean_views
 from fisher_ray.stages.workbench import Workbench
@@ -58,21 +57,14 @@ def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Ten
         x: features, ``(B, C · R)``, or ``(B, R)`` of true labels.
         logits: ``(B, C)``.
         classes: int64 ``(B,)``.
-        labels: ``scores.labels`` of the run.
+        labels: ``scores.labels`` of the run, ``all`` or ``true``.
 
     Returns:
         ``(B, R)``, in the dtype of ``x``.
 
-    Raises:
-        RequestError: if the features are of labels that were drawn.
     """
     if labels == "true":
         return x
-    if labels != "all":
-        raise RequestError(
-            f"the influence on the network takes the scores of known classes, and this run's are of {labels} labels. "
-            "Ask for by: kernel, or run with scores.labels: all."
-        )
     rows, classes = torch.arange(len(x)), classes.long()
     chosen = x.reshape(len(x), logits.shape[1], -1)[rows, classes]
     root = (0.5 * logits.double().log_softmax(dim=1)[rows, classes]).exp()
