@@ -37,7 +37,7 @@ MEANING = {
     "influence": "by how much training on the sample raises the log probability of the query's class, in nats",
     "ridge": "by how much the linear model's squared error at the query would be larger without the sample",
 }
-SUSPECT_COLUMNS = ("row", "label", "suggested", "margin", "probability of the label")
+SUSPECT_COLUMNS = ("row", "label", "suggested", "probability of the label", "margin")
 NUM_LISTED = 10
 """Lines in the terminal."""
 
@@ -90,7 +90,7 @@ def write_audit(
     lead = (
         f"Of {found['num_rows']:,} training samples, {found['num_against']:,} ({share}) are taken for another class "
         "than their label by the linear model that was fitted to all the others. Not all of these labels are wrong: "
-        "those with the smallest margin, the score of the label less that of the best other class, come first."
+        "those whose label has the smallest probability come first."
     )
     body = ""
     if found["drawn"]:
@@ -201,7 +201,7 @@ def _suspect_card(item: Mapping[str, Any], names: Sequence[str], picture_of: Pic
 
 def _suspect_line(item: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
     told = (str(item["index"]), names[item["label"]], names[item["suggested"]])
-    return (*told, f"{item['margin']:.3f}", f"{item['probability']:.3g}")
+    return (*told, f"{item['probability']:.2g}", f"{item['margin']:.3f}")
 
 
 def _asked(settings: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ def _judged(
 
 
 def list_suspects(bench: Workbench, *, folder: str, top: int, num_shown: int) -> dict[str, Any]:
-    """Write :data:`SUSPECTS`: the rows with the smallest margins, the smallest first.
+    """Write :data:`SUSPECTS`: the rows with the smallest probabilities of their labels, these first.
 
     Returns:
         ``num_rows``, ``num_against``: how many rows another class is suggested for; ``shown``: the first few of these.
@@ -107,8 +107,8 @@ def list_suspects(bench: Workbench, *, folder: str, top: int, num_shown: int) ->
     num_rows = num_against = 0
     for chunk in store.iter_chunks(names):
         num_rows, num_against = num_rows + len(chunk["index"]), num_against + int((chunk["margin"] < 0).sum())
-        for place in np.argsort(chunk["margin"], kind="stable")[:top].tolist():
-            item = (-float(chunk["margin"][place]), -int(chunk["index"][place]))
+        for place in np.argsort(chunk["probability"], kind="stable")[:top].tolist():
+            item = (-float(chunk["probability"][place]), -int(chunk["index"][place]))
             if len(worst) == top and item < worst[0][:2]:
                 break
             line = {name: chunk[name][place].item() for name in names}

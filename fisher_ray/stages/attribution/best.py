@@ -39,13 +39,13 @@ class Best:
 
         Args:
             scores: float32.
-            rows: int64.
+            rows: int64, ascending.
             labels: int64.
             left_out: which are not meant, bool ``(Q, B)``.
         """
         for end, value in _EMPTY.items():
             meant = scores if left_out is None else scores.masked_fill(left_out, value)
-            values, places = meant.topk(min(self._top, len(rows)), dim=1, largest=end == "highest")
+            values, places = _top(meant, min(self._top, len(rows)), end == "highest")
             kept = values != value
             new = {
                 f"{end}-scores": values.numpy(),
@@ -82,6 +82,17 @@ class Best:
     def to_arrays(self) -> Arrays:
         """Return ``highest-scores``, ``-rows``, ``-labels`` and ``lowest-…``, each ``(Q, k)``, the best first."""
         return dict(self._arrays)
+
+
+def _top(scores: Tensor, top: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """Return the ``top`` first of each line ``(Q, B)`` and their places; of equals, those of the lowest places."""
+    values, places = scores.topk(top, dim=1, largest=largest)
+    last = values[:, -1:]
+    unsure = ((scores == last).sum(1) > (values == last).sum(1)).nonzero()[:, 0]  # which equals topk took is chance
+    if len(unsure):
+        sure, order = scores[unsure].sort(dim=1, descending=largest, stable=True)
+        values[unsure], places[unsure] = sure[:, :top], order[:, :top]
+    return values, places
 
 
 def merge_best(left: Arrays, right: Arrays) -> Arrays:
