@@ -87,9 +87,9 @@ def score(
 
     Returns:
         ``place`` of the folder, which holds ``top/*.parquet`` (``query``, ``end``, ``place``, ``row``, ``label``,
-        ``score``), ``queries/*.parquet`` (``row``, ``label``, ``taken``, ``probability`` and ``norm``, the whitened
-        square norm, which is large for what is unlike anything) and ``report.html``; ``num_queries``, ``num_rows``,
-        ``seconds``, ``class_names``, and ``shown``: the first queries with their best.
+        ``score``), ``queries/*.parquet`` (``row``, ``label``, ``taken``, ``probability``, ``norm`` and
+        ``novelty``: see :func:`fisher_ray.stages.attribution.novelty.novelty`) and ``report.html``; ``num_queries``,
+        ``num_rows``, ``seconds``, ``class_names``, and ``shown``: the first queries with their best.
 
     Raises:
         RequestError: if the request is wrong, or the run has not come so far.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -13,9 +12,9 @@ from fisher_ray.config import By
 from fisher_ray.errors import DataError, RequestError
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages.attribution.best import Arrays, Best
-from fisher_ray.stages.attribution.search import Asked, blocks_of, read_vectors, stored_rows
+from fisher_ray.stages.attribution.search import Asked, blocks_of, num_features, read_vectors, stored_rows
 from fisher_ray.stages.attribution.vectors import vectors
-from fisher_ray.stages.shallow import num_views, train_store
+from fisher_ray.stages.shallow import train_store
 from fisher_ray.stages.tasks import UnitLog
 from fisher_ray.stages.workbench import Workbench
 
@@ -63,7 +62,7 @@ def train_index(bench: Workbench, *, factory: str, by: By, folder: str) -> dict[
         RequestError: if FAISS is not installed, or cannot make such an index.
     """
     faiss, store = load_faiss(), train_store(bench)
-    dim = math.prod(store.layout("features").shape[1:]) // num_views(store)
+    dim = num_features(store)
     wanted = min(store.num_rows, max(1, TRAINING_BYTES // (4 * dim)))
     blocks = blocks_of(bench, store, by, range(wanted))
     rows = torch.cat([vectors(bench, by, block, block["labels"], folder) for block in blocks]).numpy()

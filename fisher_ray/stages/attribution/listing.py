@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fisher_ray.stages.attribution.best import ENDS, Arrays
-from fisher_ray.stages.attribution.search import Asked, blocks_of, query_store
-from fisher_ray.stages.attribution.vectors import feature_rows, square_norms
+from fisher_ray.stages.attribution.novelty import novelty
+from fisher_ray.stages.attribution.search import Asked, blocks_of, norms_of, query_store
 from fisher_ray.stages.examples import draw_picture, is_picture
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import FeatureStore
@@ -33,11 +33,11 @@ def list_best(
     """Write ``top/START.parquet`` and ``queries/START.parquet`` of the queries ``[start, stop)``.
 
     Returns:
-        ``num_queries``; ``shown``: of the first few their row, label, what the network takes them for, ``norm``, and of
-        either end the first ``rows``; ``pairs`` of cosines, or None; ``norm``: the queries' mean square norm.
+        ``num_queries``; ``shown``: of the first few their row, label, what the network takes them for, ``norm`` and
+        ``novelty``, and of either end the first rows; ``pairs`` of cosines, or None.
     """
     asked = Asked(request, folder, start, stop)
-    queries = _describe(query_store(bench, asked.config, folder), bench, range(start, stop))
+    queries = _describe(query_store(bench, asked.config, folder), bench, range(start, stop), found.get("moments"))
     _write(bench, f"{folder}/queries/{block_name(start)}", queries)
     _write(bench, f"{folder}/top/{block_name(start)}", _flat(queries["row"], found))
     shown = [_shown(queries, found, place) for place in range(min(NUM_SHOWN, len(queries["row"])))]
@@ -45,11 +45,14 @@ def list_best(
     return {"num_queries": len(queries["row"]), "shown": shown, "pairs": pairs}
 
 
-def _describe(store: FeatureStore, bench: Workbench, rows: range) -> dict[str, np.ndarray]:
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("row", "label", "taken", "probability", "norm")}
+def _describe(store: FeatureStore, bench: Workbench, rows: range, moments: np.ndarray | None) -> dict[str, np.ndarray]:
+    names = ("row", "label", "taken", "probability", "norm", *(() if moments is None else ("novelty",)))
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for block in blocks_of(bench, store, "kernel", rows):
         probability, taken = block["logits"].double().softmax(dim=1).max(dim=1)
-        made = (block["index"], block["labels"], taken, probability, square_norms(feature_rows(block)))
+        norms = norms_of(bench, store, block)
+        made = [block["index"], block["labels"], taken, probability, norms[:, 0]]
+        made += [] if moments is None else [novelty(norms, moments)]
         for part, values in zip(parts.values(), made, strict=True):
             part.append(values.numpy())
     return {name: np.concatenate(values) for name, values in parts.items()}

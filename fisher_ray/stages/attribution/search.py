@@ -19,6 +19,7 @@ from fisher_ray.errors import ConfigError, DataError
 from fisher_ray.metric import ClassGapSum, Normalisation, SparseMetric
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages.attribution.best import NUM_BINS, Arrays, Best, count_cosines, merge_best
+from fisher_ray.stages.attribution.novelty import NormMoments, norm_weights, square_norms
 from fisher_ray.stages.attribution.ridge import RIDGE, RidgeInfluence, load_ridge, row_weights
 from fisher_ray.stages.attribution.vectors import CLASS_GAP, feature_rows, vectors
 from fisher_ray.stages.shallow import num_views, store_rows, train_store
@@ -101,6 +102,18 @@ def blocks_of(bench: Workbench, store: FeatureStore, by: str, rows: range) -> It
     return store_rows(store, "all", rows, seed=0, validation=0.0, use_hidden=use_hidden)
 
 
+def num_features(store: FeatureStore) -> int:
+    """Return the features of one sample, of one view."""
+    return math.prod(store.layout("features").shape[1:]) // num_views(store)
+
+
+def norms_of(bench: Workbench, store: FeatureStore, block: dict[str, Tensor]) -> Tensor:
+    """Return the :func:`square_norms` of a block's samples."""
+    width = num_features(store)
+    weights = bench.keep("norm weights", store.url, lambda _: norm_weights(bench.metric, width))
+    return square_norms(feature_rows(block)[:, :width], weights)
+
+
 @contextmanager
 def stored_rows(
     bench: Workbench, store: FeatureStore, by: str, unit: Unit, log: UnitLog
@@ -175,7 +188,8 @@ def search_rows(
     """Score a unit's training rows for the queries ``[start, stop)``.
 
     Returns:
-        The arrays of :class:`Best`, and of cosines ``pairs``: see :func:`count_cosines`. With ``full``, the unit of
+        The arrays of :class:`Best`, ``moments`` of :class:`NormMoments`, and of cosines ``pairs``: see
+        :func:`count_cosines`. With ``full``, the unit of
         :data:`SCORES` is written, too.
 
     Raises:
@@ -183,18 +197,20 @@ def search_rows(
     """
     asked, log = Asked(request, folder, start, stop), UnitLog()
     config, kept, pairs = asked.config, list[tuple[Tensor, Tensor]](), np.zeros((2, NUM_BINS), np.int64)
-    with stored_rows(bench, train_store(bench), config.by, unit, log) as blocks:
+    store = train_store(bench)
+    with stored_rows(bench, store, config.by, unit, log) as blocks:
         queries = bench.keep("queries", f"{folder}/[{start}, {stop})", lambda _: read_queries(bench, asked))
-        best = Best(len(queries.index), config.top)
+        best, moments = Best(len(queries.index), config.top), NormMoments()
         for block in blocks:
             scores, rows, labels = queries.scores(block), block["index"], block["labels"]
             same = rows == queries.index[:, None] if config.queries == "shallow" else None
             best.add(scores, rows, labels, same)
+            moments.add(norms_of(bench, store, block))
             if config.by in COSINES:
                 pairs += count_cosines(scores, labels == queries.labels[:, None], same)
             if config.full:
                 kept.append((rows, scores.mT))
-    arrays = best.to_arrays() | ({"pairs": pairs} if config.by in COSINES else {})
+    arrays = best.to_arrays() | {"moments": moments.to_array()} | ({"pairs": pairs} if config.by in COSINES else {})
     _refuse_infinite(arrays)
     written = not config.full or bench.storage.exists(f"{folder}/{SCORES}/{SEAL}")  # of a stage that is run again
     num_bytes = 0 if written else _write_scores(bench, unit, attempt, f"{folder}/{SCORES}", kept)
@@ -221,8 +237,8 @@ def _write_scores(bench: Workbench, unit: Unit, attempt: int, place: str, kept: 
 
 def merge_found(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:
     """Merge two results of :func:`search_rows`."""
-    pairs = {"pairs": left["pairs"] + right["pairs"]} if "pairs" in left else {}
-    return merge_best(left, right) | pairs
+    added = {name: left[name] + right[name] for name in ("pairs", "moments") if name in left}
+    return merge_best(left, right) | added
 
 
 def score_spec(store: FeatureStore, num_queries: int, unit_rows: int, attributes: dict[str, Any]) -> StoreSpec:
@@ -251,8 +267,7 @@ def query_blocks(request: ScoreConfig, store: FeatureStore) -> list[range]:
 def sum_class_gaps(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum what class gaps need of a unit's training rows, their features of length one."""
     log, store, normalisation = UnitLog(), train_store(bench), Normalisation(l2=True)
-    num_features = math.prod(store.layout("features").shape[1:]) // num_views(store)
-    sums = ClassGapSum(num_features, bench.facts.num_classes)
+    sums = ClassGapSum(num_features(store), bench.facts.num_classes)
     with stored_rows(bench, store, "class_gap", unit, log) as blocks:
         for block in blocks:
             sums.add(normalisation.apply(feature_rows(block)), block["labels"])

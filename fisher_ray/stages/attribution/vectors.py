@@ -70,8 +70,3 @@ def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Ten
     root = (0.5 * logits.double().log_softmax(dim=1)[rows, classes]).exp()
     tiny = torch.finfo(torch.float64).tiny
     return (chosen.double() / root.clamp_min(tiny)[:, None]).to(x.dtype)
-
-
-def square_norms(x: Tensor) -> Tensor:
-    """Return ``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` of features ``(B, F)``, float64 ``(B,)``: how novel samples are."""
-    return x.double().square().sum(1)

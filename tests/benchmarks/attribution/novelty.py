@@ -1,10 +1,10 @@
-"""Pictures of another kind told apart: the whitened norm of a sample's features beside the network's own certainty.
+"""Pictures of another kind told apart: by the norms of their features, and by the network's own certainty.
 
     python -m tests.benchmarks.attribution.novelty RUN [--rows 2000]
 
 RUN is a finished run on CIFAR-10. Its test pictures are mixed with handwritten digits of scikit-learn, enlarged to the
 same size; the area under the ROC curve is printed of telling the digits from the test pictures, for
-``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` (``norm``), for one less the largest softmax probability (Hendrycks & Gimpel, 2017), and
+``novelty``, for ``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` (``norm``), for one less the largest softmax probability (Hendrycks & Gimpel, 2017), and
 for the largest cosine to any training sample (one less it). Nothing is fitted to either kind.
 """
 
@@ -41,6 +41,7 @@ def columns(place: str) -> dict[str, np.ndarray]:
     top = pq.read_table(f"{place}/top", filters=[("end", "=", "highest"), ("place", "=", 0)]).to_pydict()
     nearest = dict(zip(top["query"], top["score"], strict=True))
     return {
+        "novelty, from both norms": np.asarray(queries["novelty"]),
         "whitened norm": np.asarray(queries["norm"]),
         "1 - largest softmax probability": 1 - np.asarray(queries["probability"]),
         "1 - largest cosine to a training sample": 1 - np.asarray([nearest[row] for row in queries["row"]]),
