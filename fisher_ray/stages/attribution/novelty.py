@@ -41,8 +41,8 @@ def novelty(norms: Tensor, moments: np.ndarray) -> Tensor:
     """Return how many standard deviations samples are away from the training samples, ``(B,)``.
 
     That is the Mahalanobis distance of the logarithms of a sample's two norms, under the mean and covariance of the
-    training samples'. Uncertain samples have larger gradients, but both norms grow together; what is unlike the training
-    samples has its gradients in directions in which theirs are rarely, or has them smaller or larger than any.
+    training samples'. Uncertain samples have larger gradients, but both norms grow together; what is unlike the
+    training samples has its gradients in directions in which theirs rarely are, or smaller or larger than any.
 
     Args:
         norms: of :func:`square_norms`, ``(B, 2)``.
