@@ -3,8 +3,8 @@
     python -m tests.benchmarks.attribution.novelty RUN [--rows 2000]
 
 RUN is a finished run on CIFAR-10. Its test pictures are mixed with handwritten digits of scikit-learn, enlarged to the
-same size; the area under the ROC curve is printed of telling the digits from the test pictures, for
-``novelty``, for ``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` (``norm``), for one less the largest softmax probability (Hendrycks & Gimpel, 2017), and
+same size; the area under the ROC curve is printed of telling the digits from the test pictures, for ``novelty``, for
+``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` (``norm``), for one less the largest softmax probability (Hendrycks & Gimpel, 2017), and
 for the largest cosine to any training sample (one less it). Nothing is fitted to either kind.
 """
 
