@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from fisher_ray.config import AuditConfig, Config, ScoreConfig
-from fisher_ray.errors import ConfigError, RequestError, ResumeMismatchError
+from fisher_ray.errors import ConfigError, ModelError, RequestError, ResumeMismatchError
 from fisher_ray.journal import Journal, read_run, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress
@@ -19,9 +20,11 @@ from fisher_ray.report.attribution import write_audit, write_scores
 from fisher_ray.runtime import Claim, Crew, Session
 from fisher_ray.stages import Facts, inspect_request
 from fisher_ray.stages.attribution.listing import PICTURES
-from fisher_ray.stages.workbench import inspect_queries
+from fisher_ray.stages.attribution.search import query_blocks
+from fisher_ray.stages.workbench import BASE_FILE, inspect_queries
 from fisher_ray.staging.attribution import AttributionStages, index_folder
 from fisher_ray.storage import Storage
+from fisher_ray.store import open_features
 
 AUDIT = "audit"
 """Where in the run folder an audit is."""
@@ -97,7 +100,7 @@ def score(
         StoppedError: if it ended early; ask again to go on.
     """
     asked: dict[str, Any] = {
-        "queries": queries if isinstance(queries, str) else dict(queries),
+        "queries": dict(queries) if isinstance(queries, Mapping) else queries,
         "rows": rows,
         "by": by,
         "top": top,
@@ -105,13 +108,12 @@ def score(
     asked |= {"target": target, "full": full, "index": index, "index_parameters": index_parameters}
     request = ScoreConfig.checked(asked).located()
     folder = f"scores/{name or _name(request)}"
-    if "/" in folder.removeprefix("scores/") or folder.endswith("/.."):
-        raise ConfigError(f"name {name!r} is not the name of a folder. Give one without '/'.")
-
+    if not re.fullmatch(r"scores/\w[\w.-]*", folder):
+        raise ConfigError(f"name {name!r} is not the name of a folder. Give letters, digits, '-', '_' and '.'.")
     if request.index is not None:
         _make_index(run, request, overrides, address, progress)
     job = _Job(run, folder, request.model_dump(mode="json"), overrides, address, fresh)
-    return job.run(progress, lambda stages: stages.score(request), write_scores, request)
+    return job.run(progress, lambda stages, blocks: stages.score(request, blocks), write_scores, request)
 
 
 def _make_index(
@@ -121,7 +123,7 @@ def _make_index(
     settings = {"by": request.by, "index": request.index}
     job = _Job(run, index_folder(request), settings, overrides, address, fresh=False)
     asked = ScoreConfig(queries="shallow", by=request.by)
-    job.run(progress, lambda stages: stages.index(request), None, asked)
+    job.run(progress, lambda stages, _: stages.index(request), None, asked)
 
 
 def audit(
@@ -158,7 +160,7 @@ def audit(
     request = AuditConfig.checked({"top": top})
 
     job = _Job(run, AUDIT, request.model_dump(mode="json"), overrides, address, fresh)
-    return job.run(progress, lambda stages: stages.audit(request), write_audit, None)
+    return job.run(progress, lambda stages, _: stages.audit(request), write_audit, None)
 
 
 def _name(request: ScoreConfig) -> str:
@@ -201,7 +203,7 @@ class _Job:
     def run(
         self,
         progress: Progress | None,
-        work: Callable[[AttributionStages], dict[str, Any]],
+        work: Callable[[AttributionStages, list[range]], dict[str, Any]],
         write: Callable[..., None] | None,
         request: ScoreConfig | None,
     ) -> dict[str, Any]:
@@ -219,12 +221,14 @@ class _Job:
         facts = inspect_request(config)
         _refuse_others(self._url, document, facts)
         if request is not None and not isinstance(request.queries, str):
+            _refuse_other_network(self._url, document)
             config, facts = inspect_queries(config, facts, request)
+        blocks = [] if request is None else self._blocks(request, facts)
         place, storage = f"{self._url}/{self._folder}", Storage(f"{self._url}/{self._folder}")
         refuse_foreign(storage)
         with Claim(place, progress.note) as claim:
             told = {"identity": self._settings, "fingerprints": {**facts.fingerprints, **_sealed(document)}}
-            journal = Journal.open(storage, told, fresh=self._fresh, check=claim.check, own=OWN)
+            journal = Journal.open(storage, told, fresh=self._fresh, check=claim.check, own=OWN, another="name")
             for name, value in document["decisions"].items():
                 journal.decide(name, value)
             facts = replace(facts, **{key: journal.decide(key, getattr(facts, key)) for key in _SIZES})
@@ -236,13 +240,18 @@ class _Job:
             results = {name: stage["result"] for name, stage in document["stages"].items() if stage.get("sealed")}
             with closing(self._session), closing(Crew(self._session, config, facts, note, journal.decide)) as crew:
                 given = (config, facts, journal, self._session, crew, claim, progress, note, self._folder, results)
-                found = work(AttributionStages(*given))
+                found = work(AttributionStages(*given), blocks)
             claim.check()
             if write is not None:
                 write(storage, found, self._settings, facts.class_names, partial(_picture, storage))
             storage.remove_partials()
         names = None if facts.class_names is None else list(facts.class_names)
         return {"place": place, "class_names": names, **found}
+
+    def _blocks(self, request: ScoreConfig, facts: Facts) -> list[range]:
+        split = "shallow" if request.queries == "shallow" else "test"  # whose place other queries take
+        store = open_features(f"{self._url}/features/train.zarr")
+        return query_blocks(request, facts.num_rows[split], store.row_bytes("features"))
 
     def _config(self, document: dict[str, Any]) -> Config:
         if wrong := [item for item in self._overrides if not item.startswith("runtime.")]:
@@ -277,6 +286,13 @@ def _refuse_unfinished(url: str, document: dict[str, Any], config: Config, neede
     for name in needed:
         if not document["stages"].get(name, {}).get("sealed"):
             raise RequestError(f"{url} has no finished stage {name!r}, which this needs. Run it again; it goes on.")
+
+
+def _refuse_other_network(url: str, document: dict[str, Any]) -> None:
+    storage = Storage(url)
+    found = hashlib.sha256(storage.read_bytes(BASE_FILE)) if storage.exists(BASE_FILE) else None
+    if found is None or found.hexdigest() != document["stages"]["base"]["result"]["fingerprint"]:
+        raise ModelError(f"{url}/{BASE_FILE} is not, or no more, the network of this run. Put it back.")
 
 
 def _refuse_unfit(config: Config, by: str, request: ScoreConfig | None) -> None:

@@ -65,6 +65,7 @@ class Journal:
         late: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         check: Callable[[], None] = lambda: None,
         own: Iterable[str] = OWN,
+        another: str = "output",
     ) -> Journal:
         """Take up the run in the folder, or start one there.
 
@@ -76,6 +77,7 @@ class Journal:
             late: keys of the identity that may change until one of these stages is sealed.
             check: as the constructor's.
             own: what is in the folder, to be removed by ``fresh``.
+            another: what a user gives for another folder.
 
         Raises:
             ResumeMismatchError: if the folder's run had another configuration, model or data, naming the difference.
@@ -95,7 +97,7 @@ class Journal:
         if differences := _differences(document, facts, late):
             raise ResumeMismatchError(
                 f"{storage.url} holds a run of another configuration, model or data: {_listed(differences)}. "
-                "Give another output, or start anew in the same place with --fresh."
+                f"Give another {another}, or start anew in the same place with --fresh."
             )
         return cls(storage, {**document, **facts}, _read_events(storage), check)
 

@@ -27,6 +27,7 @@ from fisher_ray.records import Receipt, Unit
 ROOT = Path(__file__).parents[1]
 CIFAR10 = str(ROOT / "jobs" / "configs" / "cifar10.yaml")
 COMMANDS = ["run", "fit-metric", "write-features", "train", "evaluate", "plan", "verify", "inspect", "demo", "init"]
+COMMANDS += ["score", "audit"]
 JOBS = {
     "run.py": "run",
     "fit_metric.py": "fit-metric",
@@ -336,6 +337,97 @@ def test_progress_in_a_terminal_is_a_live_view():
     assert [line for line in lines if line.endswith("unit 0 runs again: [worker] lost")] != []
     assert "2/2" in [line for line in lines if "metric" in line][-1]
     assert "1/1" in [line for line in lines if "linear" in line][-1]
+
+
+NEAR = [{"row": 31, "label": 2, "score": 0.125}, {"row": 7, "label": 1, "score": 0.0625}]
+SCORES = {
+    "place": "runs/one/scores/some",
+    "class_names": ["cat", "dog", "eel"],
+    "num_queries": 6,
+    "num_rows": 50,
+    "shown": [{"row": 3, "label": 0, "taken": 1, "highest": NEAR, "lowest": NEAR[:1]}],
+}
+SUSPECT = {"index": 1234, "label": 1, "suggested": 2, "margin": -0.75, "probability": 0.0123}
+AUDIT = {"place": "runs/one/audit", "class_names": None, "num_rows": 5000, "num_against": 1234, "shown": [SUSPECT]}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the two questions were asked with, which are answered at once."""
+    heard = []
+
+    def answer(found):
+        def question(*arguments, progress, **given):
+            heard.append((*arguments, given))
+            progress.note("a note")
+            return found
+
+        return question
+
+    monkeypatch.setattr("fisher_ray.attribution.score", answer(SCORES))
+    monkeypatch.setattr("fisher_ray.attribution.audit", answer(AUDIT))
+    return heard
+
+
+def test_scores_are_asked_for_and_told_as_a_table(asked, capsys):
+    options = ["--queries", "{format: images, path: photos}", "--rows", "3:9", "--by", "influence", "--top", "2"]
+    options += ["--target", "taken", "--full", "--name", "some", "--set", "runtime.num_workers=2", "--fresh"]
+    assert exit_code(["score", "runs/one", *options, "--address", "auto"]) == 0
+
+    ((run, queries, given),) = asked
+    assert (run, queries) == ("runs/one", {"format": "images", "path": "photos"})
+    assert given.items() >= {"rows": (3, 9), "by": "influence", "top": 2, "target": "taken", "full": True}.items()
+    assert given.items() >= {"name": "some", "address": "auto", "fresh": True}.items()
+    assert list(given["overrides"]) == ["runtime.num_workers=2"]
+    told = capsys.readouterr()
+    words = ["most helpful", "most harmful", "cat", "31 eel 0.125", "7 dog 0.0625"]
+    assert [word for word in words if word not in told.out] == []
+    assert told.out.splitlines()[-1] == "report: runs/one/scores/some/report.html"
+    assert "a note" in told.err
+
+
+def test_scores_are_by_default_of_all_test_rows(asked):
+    assert exit_code(["score", "runs/one", "--quiet"]) == 0
+    ((_, queries, given),) = asked
+    assert queries == "test"
+    assert given.items() >= {"rows": None, "by": "kernel", "top": 10, "target": "label", "full": False}.items()
+    assert given.items() >= {"name": None, "address": None, "fresh": False, "overrides": ()}.items()
+
+
+def test_an_audit_is_asked_for_and_told_as_a_table(asked, capsys):
+    assert exit_code(["audit", "runs/one", "--top", "7", "--set", "runtime.num_workers=1", "--quiet"]) == 0
+    ((run, given),) = asked
+    assert (run, given.pop("overrides")) == ("runs/one", ["runtime.num_workers=1"])
+    assert given == {"top": 7, "address": None, "fresh": False}
+    told = capsys.readouterr().out
+    words = ["1234", "suggested", "-0.750", "0.012", "1,234 of 5,000 training samples are taken for another class"]
+    assert [word for word in words if word not in told] == []
+    assert told.splitlines()[-1] == "report: runs/one/audit/report.html"
+
+
+@pytest.mark.parametrize(("command", "found"), [("score", SCORES), ("audit", AUDIT)])
+def test_answers_are_told_as_json_lines(asked, command, found, capsys):
+    assert exit_code([command, "runs/one", "--json"]) == 0
+    note, done = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (note["event"], note["text"]) == ("note", "a note")
+    assert done.pop("time") > 0
+    assert done == {"event": "done", "place": found["place"], "results": found}
+
+
+@pytest.mark.parametrize("command", ["score", "audit"])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("x"), 2), (DataError("x"), 3), (StoppedError("x"), 4), (KeyboardInterrupt(), 4), (KeyError("x"), 1)],
+)
+def test_a_question_that_fails_ends_with_the_code_of_its_failure(monkeypatch, command, error, code, capsys):
+    def fail(*arguments, **given):
+        raise error
+
+    monkeypatch.setattr(f"fisher_ray.attribution.{command}", fail)
+    assert exit_code([command, "runs/one"]) == code
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
 
 
 def test_verify_and_inspect_refuse_what_is_no_store(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,10 +156,10 @@ def _shown(
 def _span(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdigit() and last.isdigit()):
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if found is None:
         raise RequestError(f"--rows {text!r} is not FIRST:LAST, as in 0:100.")
-    return int(first), int(last)
+    return int(found[1]), int(found[2])
 
 
 def _source(text: str) -> Any:

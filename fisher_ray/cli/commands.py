@@ -65,7 +65,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "run": ("fisher-ray run digits.yaml --fresh --set trained_on=null",),
     "score": (
         "fisher-ray score runs/digits --rows 0:100",
-        "fisher-ray score runs/digits --by influence --rows 0:20 --name first",
+        "fisher-ray score runs/digits --by influence --rows 0:20",
     ),
     "audit": ("fisher-ray audit runs/digits --top 100",),
     "verify": ("fisher-ray verify runs/digits", "fisher-ray verify --repair runs/digits"),

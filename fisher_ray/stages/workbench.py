@@ -277,11 +277,14 @@ def inspect_queries(config: Config, facts: Facts, request: ScoreConfig) -> tuple
         raise ConfigError(
             f"the queries' samples have shape {shape}, the run's {facts.input_shape}. Give such as these."
         )
-    others = source.classes is not None and source.classes != facts.class_names
-    if others and request.target == "label" and request.by in ("influence", "ridge"):
+    named = facts.class_names is not None or config.data.test.classes is None
+    others = named and source.classes not in (None, facts.class_names)
+    count = (request.target == "label" and request.by in ("influence", "ridge")) or config.scores.labels == "true"
+    if others and count:
         raise ConfigError(
             f"the queries have classes of their own ({', '.join(map(repr, (source.classes or ())[:3]))}), so their "
-            f"labels mean nothing to the run. Set target: taken, or, of images, list the run's classes under 'classes'."
+            "labels mean nothing to the run. Set target: taken, or, of images, list the run's classes, in the order of "
+            "its labels, under 'classes'."
         )
     rows = {**facts.num_rows, "test": len(source)}
     fingerprints = {**facts.fingerprints, "test": source.fingerprint()}

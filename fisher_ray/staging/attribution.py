@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fisher_ray.config import AuditConfig, Config, ScoreConfig
-from fisher_ray.errors import ConfigError
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Unit
 from fisher_ray.runtime import Claim, Crew, Session
@@ -58,8 +57,12 @@ class AttributionStages(GramStages):
         super().__init__(config, facts, journal, session, crew, claim, progress, note, folder)
         self._folder, self._stages = folder, stages
 
-    def score(self, request: ScoreConfig) -> dict[str, Any]:
+    def score(self, request: ScoreConfig, blocks: list[range]) -> dict[str, Any]:
         """Score every training row for every query.
+
+        Args:
+            request: what is asked.
+            blocks: of the queries' rows.
 
         Returns:
             ``num_queries``, ``num_rows``, ``shown`` and ``pairs`` (as of
@@ -73,7 +76,6 @@ class AttributionStages(GramStages):
         units = self._train_units()
         if request.by == "class_gap":
             self._stage("class_gap", len(units), partial(self._fit_class_gap, units))
-        blocks = self._query_blocks(request)
         for block in blocks:
             self._stage(f"search/{block.start}", len(units), partial(self._search, request, units, block))
         found = [self._journal.result(f"search/{block.start}") for block in blocks]
@@ -161,16 +163,6 @@ class AttributionStages(GramStages):
     def _query_store(self, request: ScoreConfig) -> FeatureStore:
         output = self._config.output.rstrip("/")
         return open_features(f"{output}/{request.store}" if request.store else self._url(search.QUERIES))
-
-    def _query_blocks(self, request: ScoreConfig) -> list[range]:
-        store = self._query_store(request)
-        blocks = search.query_blocks(request, store)
-        if request.full and len(blocks) > 1:
-            raise ConfigError(
-                f"full: {len(blocks[0]):,} queries can be kept with all their scores, and there are more. Ask for "
-                "fewer with rows, or leave full out."
-            )
-        return blocks
 
     def _search(self, request: ScoreConfig, units: list[Unit], block: range) -> dict[str, Any]:
         given: dict[str, Any] = {"request": request.model_dump(mode="json"), "folder": self._folder}

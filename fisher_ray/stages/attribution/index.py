@@ -12,7 +12,14 @@ from fisher_ray.config import By
 from fisher_ray.errors import DataError, RequestError
 from fisher_ray.records import Receipt, Unit
 from fisher_ray.stages.attribution.best import Arrays, Best
-from fisher_ray.stages.attribution.search import Asked, blocks_of, num_features, read_vectors, stored_rows
+from fisher_ray.stages.attribution.search import (
+    Asked,
+    blocks_of,
+    num_features,
+    read_vectors,
+    refuse_infinite,
+    stored_rows,
+)
 from fisher_ray.stages.attribution.vectors import vectors
 from fisher_ray.stages.shallow import train_store
 from fisher_ray.stages.tasks import UnitLog
@@ -84,7 +91,12 @@ def fill_index(bench: Workbench, unit: Unit, attempt: int, *, by: By, folder: st
     with stored_rows(bench, train_store(bench), by, unit, log) as blocks:
         index = _read(faiss, bench.storage.read_bytes(f"{folder}/{TRAINED}"))
         for block in blocks:
-            index.add(np.ascontiguousarray(vectors(bench, by, block, block["labels"], folder).numpy()))
+            rows = vectors(bench, by, block, block["labels"], folder)
+            try:
+                index.add(np.ascontiguousarray(rows.numpy()))
+            except RuntimeError as error:
+                what = f"FAISS adds no rows to such an index: {_reason(error)}"
+                raise RequestError(f"{what}. Give another one, such as IVF64,Flat.") from None
     start, raw = time.monotonic(), faiss.serialize_index(index).tobytes()
     bench.storage.write_bytes(f"{folder}/{part_name(unit.index)}", raw)
     log.seconds["write"] = time.monotonic() - start
@@ -137,6 +149,7 @@ def search_index(
                 raise RequestError(f"{what}: {_reason(error)}. Such as nprobe=16.") from None
         own = 1 if config.queries == "shallow" else 0
         found, places = part.search(np.ascontiguousarray(queries.vectors.numpy()), config.top + own)
+        refuse_infinite(torch.from_numpy(found)[torch.from_numpy(places) >= 0])
         best = Best(len(queries.index), config.top)
         best.add_found(torch.from_numpy(found), torch.from_numpy(places), rows, labels, queries.index if own else None)
         log.seconds["compute"] = time.monotonic() - began

@@ -203,6 +203,7 @@ def search_rows(
         best, moments = Best(len(queries.index), config.top), NormMoments()
         for block in blocks:
             scores, rows, labels = queries.scores(block), block["index"], block["labels"]
+            refuse_infinite(scores)
             same = rows == queries.index[:, None] if config.queries == "shallow" else None
             best.add(scores, rows, labels, same)
             moments.add(norms_of(bench, store, block))
@@ -211,17 +212,19 @@ def search_rows(
             if config.full:
                 kept.append((rows, scores.mT))
     arrays = best.to_arrays() | {"moments": moments.to_array()} | ({"pairs": pairs} if config.by in COSINES else {})
-    _refuse_infinite(arrays)
     written = not config.full or bench.storage.exists(f"{folder}/{SCORES}/{SEAL}")  # of a stage that is run again
     num_bytes = 0 if written else _write_scores(bench, unit, attempt, f"{folder}/{SCORES}", kept)
     return log.receipt(unit, attempt, num_bytes), arrays
 
 
-def _refuse_infinite(arrays: Arrays) -> None:
-    for end in ("highest", "lowest"):
-        found = arrays[f"{end}-scores"][arrays[f"{end}-rows"] >= 0]
-        if not np.isfinite(found).all():
-            raise DataError("a score is NaN or infinite: verify the feature stores, or store features as float32")
+def refuse_infinite(scores: Tensor) -> None:
+    """Refuse scores that cannot be compared.
+
+    Raises:
+        DataError: if one is NaN or infinite.
+    """
+    if not bool(scores.isfinite().all()):
+        raise DataError("a score is NaN or infinite: verify the feature stores, or store features as float32")
 
 
 def _write_scores(bench: Workbench, unit: Unit, attempt: int, place: str, kept: list[tuple[Tensor, Tensor]]) -> int:
@@ -250,17 +253,26 @@ def score_spec(store: FeatureStore, num_queries: int, unit_rows: int, attributes
     return StoreSpec(store.num_rows, unit_rows, store.chunk_rows, "none", arrays, attributes)
 
 
-def query_blocks(request: ScoreConfig, store: FeatureStore) -> list[range]:
+def query_blocks(request: ScoreConfig, num_rows: int, row_bytes: int) -> list[range]:
     """Cut the queries' rows into blocks whose vectors take :data:`QUERY_BYTES` at most.
 
+    Args:
+        request: what is asked.
+        num_rows: of the queries' split.
+        row_bytes: of one sample's features in float32.
+
     Raises:
-        ConfigError: if there are fewer rows than ``request.rows`` says.
+        ConfigError: if there are fewer rows than ``request.rows`` says, or too many for ``full``.
     """
-    first, last = request.rows or (0, store.num_rows)
-    if last > store.num_rows:
-        raise ConfigError(f"rows [{first}, {last}) go beyond the queries' {store.num_rows}. Correct them.")
-    copies = SOLVED_COPIES if request.by == "ridge" else 1
-    size = max(1, QUERY_BYTES // (copies * store.row_bytes("features")))
+    first, last = request.rows or (0, num_rows)
+    if last > num_rows:
+        raise ConfigError(f"rows [{first}, {last}) go beyond the queries' {num_rows}. Correct them.")
+    size = max(1, QUERY_BYTES // (row_bytes * (SOLVED_COPIES if request.by == "ridge" else 1)))
+    if request.full and last - first > size:
+        raise ConfigError(
+            f"full: {size:,} queries can be kept with all their scores, and there are more. Ask for fewer with rows, "
+            "or leave full out."
+        )
     return [range(start, min(start + size, last)) for start in range(first, last, size)]
 
 
