@@ -143,7 +143,7 @@ def held_out(index: np.ndarray, seed: int, validation: float) -> np.ndarray:
 
 
 def _joined(parts: list[dict[str, np.ndarray]], columns: list[str], stacked: bool) -> dict[str, Tensor]:
-    block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    block = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
     names = [name for name in columns if name in block]
     x = {"x": columns_of(block, names, stacked)} if names else {}
     return {**x, **{n: torch.from_numpy(v) for n, v in block.items() if n != "features"}}

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fisher_ray.metric import LowRankMetric
 
+CACHED_ROWS = 32
+"""Rows squared at a time: their squares stay in the processor's cache."""
+
 
 def norm_weights(metric: LowRankMetric, num_features: int) -> Tensor:
     """Return what squared features are multiplied by for :func:`square_norms`, float32 ``(F, 2)``: 1, and ``λ + δ``."""
@@ -17,7 +20,13 @@ def norm_weights(metric: LowRankMetric, num_features: int) -> Tensor:
 
 def square_norms(x: Tensor, weights: Tensor) -> Tensor:
     """Return ``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` and ``Σ_c p_c ‖Uᵀ s_c‖²`` of features ``(B, F)``, float64 ``(B, 2)``."""
-    return (x.float().square() @ weights).double()
+    squares = torch.empty(min(len(x), CACHED_ROWS), x.shape[1])
+    parts = []
+    for rows in torch.split(x, CACHED_ROWS):
+        part = squares[: len(rows)]
+        torch.mul(rows, rows, out=part)
+        parts.append(part @ weights)
+    return torch.cat(parts).double()
 
 
 class NormMoments:

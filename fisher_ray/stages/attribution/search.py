@@ -31,6 +31,8 @@ QUERY_BYTES = 2**29
 """Of the vectors of the queries that are compared with the training rows in one go."""
 SOLVED_COPIES = 6
 """Of a query's vector that are held while its system is solved, those in float64 counted twice."""
+NORM_ROWS = 256
+"""Training rows of a block, about, that say what norms are usual: more would be a pass over memory of their own."""
 COSINES = ("cosine", "class_gap")
 """What scores are by where they are cosines."""
 SCORES = "scores.zarr"
@@ -206,7 +208,7 @@ def search_rows(
             refuse_infinite(scores)
             same = rows == queries.index[:, None] if config.queries == "shallow" else None
             best.add(scores, rows, labels, same)
-            moments.add(norms_of(bench, store, block))
+            moments.add(norms_of(bench, store, {"x": block["x"][:: max(1, len(rows) // NORM_ROWS)]}))
             if config.by in COSINES:
                 pairs += count_cosines(scores, labels == queries.labels[:, None], same)
             if config.full:
