@@ -73,6 +73,7 @@ def test_help_has_an_example_on_a_line_of_its_own(command, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen commands, one after the other
 def test_the_examples_of_the_help_work_one_after_the_other(ray_session, tmp_path):
     assert set(EXAMPLES) == set(COMMANDS)
     shutil.copy(ROOT / "jobs/configs/digits.yaml", tmp_path)
@@ -83,7 +84,7 @@ def test_the_examples_of_the_help_work_one_after_the_other(ray_session, tmp_path
         assert program == "fisher-ray"
         command = [sys.executable, "-m", "fisher_ray", *arguments]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=120, check=False
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=240, check=False
         )
         assert done.returncode == 0, (line, done.stderr)
         if "--json" in arguments:
