@@ -240,7 +240,7 @@ def test_a_units_receipt_says_how_often_its_batches_were_cut(tmp_path):
     for task, options in (
         (tasks.sum_kronecker, {}),
         (tasks.sum_fisher, {}),
-        (tasks.write_features, {"split": "shallow", "name": "again"}),
+        (tasks.write_features, {"split": "shallow", "name": "features/again.zarr"}),
     ):
         receipt, _ = task(bench, unit, 2, **options)
         assert receipt.num_halvings == 2
