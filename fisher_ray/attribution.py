@@ -107,7 +107,7 @@ def score(
     }
     asked |= {"target": target, "full": full, "index": index, "index_parameters": index_parameters}
     request = ScoreConfig.checked(asked).located()
-    folder = f"scores/{name or _name(request)}"
+    folder = f"scores/{_name(request) if name is None else name}"
     if not re.fullmatch(r"scores/\w[\w.-]*", folder):
         raise ConfigError(f"name {name!r} is not the name of a folder. Give letters, digits, '-', '_' and '.'.")
     if request.index is not None:
@@ -218,15 +218,15 @@ class _Job:
         needed += ["linear"] if request is None or request.by == "ridge" else []
         _refuse_unfinished(self._url, document, config, needed)
         _refuse_unfit(config, "ridge" if request is None else request.by, request)
-        facts = inspect_request(config)
+        facts, own_classes = inspect_request(config), None
         _refuse_others(self._url, document, facts)
         if request is not None and not isinstance(request.queries, str):
             _refuse_other_network(self._url, document)
-            config, facts = inspect_queries(config, facts, request)
+            config, facts, own_classes = inspect_queries(config, facts, request)
         blocks = [] if request is None else self._blocks(request, facts)
         place, storage = f"{self._url}/{self._folder}", Storage(f"{self._url}/{self._folder}")
         refuse_foreign(storage)
-        with Claim(place, progress.note) as claim:
+        with Claim(place, progress.note, another="name") as claim:
             told = {"identity": self._settings, "fingerprints": {**facts.fingerprints, **_sealed(document)}}
             journal = Journal.open(storage, told, fresh=self._fresh, check=claim.check, own=OWN, another="name")
             for name, value in document["decisions"].items():
@@ -241,6 +241,8 @@ class _Job:
             with closing(self._session), closing(Crew(self._session, config, facts, note, journal.decide)) as crew:
                 given = (config, facts, journal, self._session, crew, claim, progress, note, self._folder, results)
                 found = work(AttributionStages(*given), blocks)
+            if own_classes is not None:  # whose labels are others than the training samples'
+                found |= {"query_classes": [*own_classes], "pairs": None}
             claim.check()
             if write is not None:
                 write(storage, found, self._settings, facts.class_names, partial(_picture, storage))

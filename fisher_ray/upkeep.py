@@ -68,7 +68,17 @@ def verify(url: str) -> dict[str, list[str]]:
         StoreError: if there is no store of this program.
         StorageError: if storage does not answer.
     """
-    return {place.url: _problems(place) for place in stores_at(url)}
+    return {place.url: _problems(place) for place in [*stores_at(url), *_answers(url)]}
+
+
+def _answers(url: str) -> list[Place]:
+    """Return the sealed stores of scores and of an audit in a run folder; none of what is no run folder."""
+    storage = Storage(url)
+    if not storage.exists(RUN_FILE):
+        return []
+    names = [name for folder in ("audit", "scores") for name in storage.list(folder)]
+    sealed = [name.removesuffix(f"/{store.SEAL}") for name in names if name.endswith(f".zarr/{store.SEAL}")]
+    return [Place(f"{url.rstrip('/')}/{name}") for name in sorted(sealed)]
 
 
 def repair(url: str, note: Callable[[str], None]) -> dict[str, store.Repair]:

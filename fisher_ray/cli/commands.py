@@ -235,7 +235,8 @@ def verify(url: RunArgument, repair: Repair = False, debug: Debug = False) -> No
         if number := sum(map(len, found.values())):
             raise StoreError(
                 f"{url} does not hold what was written: {number} problem(s), listed above. In a run folder, verify "
-                "with --repair has what is damaged written again by the run's next start; else restore from a copy."
+                "with --repair has what is damaged of the run written again by its next start; ask for scores or an "
+                "audit again with --fresh; else restore from a copy."
             )
 
 

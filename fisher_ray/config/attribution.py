@@ -16,6 +16,8 @@ By: TypeAlias = Literal["kernel", "cosine", "class_gap", "influence", "ridge"]
 class ScoreConfig(Section):
     """Queries, and by what every training sample is scored for each of them."""
 
+    called = "question"
+
     queries: Literal["test", "shallow"] | SourceConfig = "test"
     """A split of the run, or samples from elsewhere, described as under ``data``."""
     rows: tuple[int, int] | None = None
@@ -40,6 +42,8 @@ class ScoreConfig(Section):
     def _check(self) -> ScoreConfig:
         if self.rows is not None and not 0 <= self.rows[0] < self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} are none. Give [first, last), first < last")
+        if self.target != "label" and self.by not in ("influence", "ridge"):
+            raise ValueError(f"target {self.target} is of influence and ridge, not of {self.by}. Leave it out")
         if self.index is not None and (self.by not in ("kernel", "cosine") or self.full):
             raise ValueError(f"an index finds the highest scores by kernel or cosine, not {self.by}, nor all (full)")
         if self.index is None and self.index_parameters is not None:

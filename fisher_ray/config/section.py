@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +16,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+    called: ClassVar[str] = "configuration"
+    """What a section is called where no key of it is at fault."""
 
     @classmethod
     def checked(cls, values: Any) -> Self:
@@ -45,13 +48,13 @@ def _fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
 
 _BY_NAME = ("layers",)
 """Keys that hold sections by names of the user's own."""
-_UNION_MEMBERS = ("literal[", "constrained-", "AbsoluteDamping")
+_UNION_MEMBERS = ("literal[", "constrained-", "AbsoluteDamping", "function-")
 """How pydantic marks, inside a location, which alternative of a field it tried."""
 
 
 def _explain(model: type[Section], item: Any) -> str:
     path = tuple(part for part in item["loc"] if not str(part).startswith(_UNION_MEMBERS))
-    key = ".".join(str(part) for part in path) or "configuration"
+    key = ".".join(str(part) for part in path) or model.called
     if item["type"] == "extra_forbidden":
         known = _fields(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1)

@@ -62,12 +62,13 @@ def write_scores(
     counts = f"{found['num_queries']:,} queries, {found['num_rows']:,} training samples."
     lead = f"{counts} A score is {MEANING[settings['by']]}."
     shown = found["shown"]
-    called = _names(shown, names)
+    called, own = _names(shown, names), _own_names(found, shown, names)
     if found["drawn"]:
-        cards = "".join(_query_card(item, found["split"], settings["by"], called, picture_of) for item in shown)
+        given = (found["split"], settings["by"], called, own, picture_of)
+        cards = "".join(_query_card(item, *given) for item in shown)
         body = f'<div class="cards pairs">{cards}</div>'
     else:
-        rows = [line for item in shown for line in _query_lines(item, settings["by"], called)]
+        rows = [line for item in shown for line in _query_lines(item, settings["by"], called, own)]
         body = table(("query", "label", "end", "training row", "its label", "score"), rows, "The first queries")
     parts = [f"<section><h2>The first queries</h2>{body}</section>", figure_section(drawn), _asked(settings, found)]
     write_drawings(storage, "figures", drawn)
@@ -105,7 +106,7 @@ def write_audit(
 
 def render_scores(found: Mapping[str, Any], by: str, names: Sequence[str] | None) -> Table:
     """Return the best of the first queries as a table for the terminal."""
-    called = _names(found["shown"], names)
+    called, own = _names(found["shown"], names), _own_names(found, found["shown"], names)
     made = Table(caption=Text(f"a score is {MEANING[by]}"), caption_justify="left")
     for name in ("query", "label", *(end.lower() for end in ENDS[by])):
         made.add_column(name, overflow="fold")
@@ -114,7 +115,7 @@ def render_scores(found: Mapping[str, Any], by: str, names: Sequence[str] | None
             "\n".join(f"{near['row']} {called[near['label']]} {near['score']:.3g}" for near in item[end][:3])
             for end in ("highest", "lowest")
         )
-        made.add_row(*map(Text, (str(item["row"]), called[item["label"]], *ends)))
+        made.add_row(*map(Text, (str(item["row"]), own[item["label"]], *ends)))
     return made
 
 
@@ -164,8 +165,20 @@ def _names(shown: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> l
     return class_names(max([*known, len(names or ()) - 1], default=0) + 1, names)
 
 
-def _query_card(item: Mapping[str, Any], split: str, by: str, names: Sequence[str], picture_of: Picture) -> str:
-    own = f"{names[item['label']]}, taken for {names[item['taken']]}"
+def _own_names(found: Mapping[str, Any], shown: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> list[str]:
+    """Return what the queries' classes are called."""
+    return _names(shown, found.get("query_classes") or names)
+
+
+def _query_card(
+    item: Mapping[str, Any],
+    split: str,
+    by: str,
+    names: Sequence[str],
+    own_names: Sequence[str],
+    picture_of: Picture,
+) -> str:
+    own = f"{own_names[item['label']]}, taken for {names[item['taken']]}"
     shown = picture(picture_of(f"{split}-{item['row']}"), f"query, row {item['row']}: {own}", "asked")
     strips = []
     for title, end in zip(ENDS[by], ("highest", "lowest"), strict=True):
@@ -184,9 +197,9 @@ def _near(one: Mapping[str, Any], names: Sequence[str], picture_of: Picture) -> 
     return f"<div>{shown}<span>{escape(name)}<br>{one['score']:.2g}</span></div>"
 
 
-def _query_lines(item: Mapping[str, Any], by: str, names: Sequence[str]) -> list[tuple[Any, ...]]:
+def _query_lines(item: Mapping[str, Any], by: str, names: Sequence[str], own: Sequence[str]) -> list[tuple[Any, ...]]:
     return [
-        (item["row"], names[item["label"]], title, near["row"], names[near["label"]], f"{near['score']:.3g}")
+        (item["row"], own[item["label"]], title, near["row"], names[near["label"]], f"{near['score']:.3g}")
         for title, end in zip(ENDS[by], ("highest", "lowest"), strict=True)
         for near in item[end]
     ]

@@ -44,12 +44,20 @@ class Claim:
         note: told when another's claim has to expire first.
         beat_s: seconds between heartbeats.
         expiry_s: seconds of silence after which a claim is dead.
+        another: what a user gives for another folder.
     """
 
     def __init__(
-        self, url: str, note: Callable[[str], None], *, beat_s: float = BEAT_S, expiry_s: float = EXPIRY_S
+        self,
+        url: str,
+        note: Callable[[str], None],
+        *,
+        beat_s: float = BEAT_S,
+        expiry_s: float = EXPIRY_S,
+        another: str = "output",
     ) -> None:
         """Touch nothing yet."""
+        self._another = another
         self._note, self._beat_s, self._expiry_s = note, beat_s, expiry_s
         self._storage, self._quick = Storage(url), Storage(url, retry_s=beat_s)
         self._mine: dict[str, Any] = {"token": uuid.uuid4().hex, **_this_process()}
@@ -161,8 +169,8 @@ class Claim:
     def _refusal(self, holder: dict[str, Any] | None) -> str:
         who = "another driver" if holder is None else _named(holder)
         return (
-            f"{self._storage.url}: {who} works on this run. Wait for its end, stop it, or give another output; if it "
-            f"is dead, its claim expires {self._expiry_s:.0f} s after its last sign of life."
+            f"{self._storage.url}: {who} works on this run. Wait for its end, stop it, or give another "
+            f"{self._another}; if it is dead, its claim expires {self._expiry_s:.0f} s after its last sign of life."
         )
 
 

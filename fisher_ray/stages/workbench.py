@@ -261,8 +261,11 @@ def inspect_request(config: Config) -> Facts:
     )
 
 
-def inspect_queries(config: Config, facts: Facts, request: ScoreConfig) -> tuple[Config, Facts]:
+def inspect_queries(config: Config, facts: Facts, request: ScoreConfig) -> tuple[Config, Facts, tuple[str, ...] | None]:
     """Look at samples from elsewhere, and put them in the place of a run's test split.
+
+    Returns:
+        Configuration and facts with these; and the queries' classes, if they are not the run's.
 
     Raises:
         ConfigError: if a file or function is missing, their inputs differ from the run's, or their classes do and
@@ -288,7 +291,7 @@ def inspect_queries(config: Config, facts: Facts, request: ScoreConfig) -> tuple
         )
     rows = {**facts.num_rows, "test": len(source)}
     fingerprints = {**facts.fingerprints, "test": source.fingerprint()}
-    return config, replace(facts, num_rows=rows, fingerprints=fingerprints)
+    return config, replace(facts, num_rows=rows, fingerprints=fingerprints), source.classes if others else None
 
 
 def _gradnet_shapes(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fisher_ray.config import AuditConfig, Config, ScoreConfig
+from fisher_ray.errors import DataError, StoreError
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Unit
 from fisher_ray.runtime import Claim, Crew, Session
@@ -73,12 +74,14 @@ class AttributionStages(GramStages):
             self._stage("queries", len(units), partial(self._write_queries, units))
         if request.by == "ridge":
             self._stage("ridge", self._num_linear_units(), self._fit_ridge)
+        blocks = self._with_rows(request, blocks)
         units = self._train_units()
         if request.by == "class_gap":
             self._stage("class_gap", len(units), partial(self._fit_class_gap, units))
         for block in blocks:
             self._stage(f"search/{block.start}", len(units), partial(self._search, request, units, block))
         found = [self._journal.result(f"search/{block.start}") for block in blocks]
+        self._require([f"{kind}/{listing.block_name(b.start)}" for b in blocks for kind in ("top", "queries")])
         split = "shallow" if request.queries == "shallow" else "test"
         self._stage("pictures", None, partial(self._draw, _pictures(split, found[0]["shown"])))
         self._storage.remove(ridge.RIDGE)
@@ -105,6 +108,7 @@ class AttributionStages(GramStages):
         listed = {"folder": folder, "top": request.top, "num_shown": NUM_SUSPECTS}
         self._stage("suspects", None, lambda: self._solo("suspects", audit.list_suspects, **listed))
         found = self._journal.result("suspects")
+        self._require([audit.SUSPECTS])
         self._stage("pictures", None, partial(self._draw, [["shallow", line["index"]] for line in found["shown"]]))
         self._storage.remove(ridge.RIDGE)
         seconds = {name: item["seconds"] for name, item in self._journal.results().items()}
@@ -163,6 +167,22 @@ class AttributionStages(GramStages):
     def _query_store(self, request: ScoreConfig) -> FeatureStore:
         output = self._config.output.rstrip("/")
         return open_features(f"{output}/{request.store}" if request.store else self._url(search.QUERIES))
+
+    def _with_rows(self, request: ScoreConfig, blocks: list[range]) -> list[range]:
+        """Return the blocks of queries that are not all skipped."""
+        store = self._query_store(request)
+        left = [block for block in blocks if not store.skipped.keys() >= {*block}]
+        if not left:
+            row, reason = next((row, text) for row, text in store.skipped.items() if row in blocks[0])
+            what = f"all the queries [{blocks[0].start}, {blocks[-1].stop}) were skipped in {store.url}"
+            raise DataError(f"{what}; row {row}: {reason}. Ask for others.", row=row)
+        return left
+
+    def _require(self, names: list[str]) -> None:
+        """Refuse an answer of which something was removed."""
+        there = {*self._storage.list()}
+        if missing := [name for name in names if name not in there]:
+            raise StoreError(f"{self._url(missing[0])} was there once, and is missing. Ask again with --fresh.")
 
     def _search(self, request: ScoreConfig, units: list[Unit], block: range) -> dict[str, Any]:
         given: dict[str, Any] = {"request": request.model_dump(mode="json"), "folder": self._folder}

@@ -12,7 +12,7 @@ import fisher_ray
 from fisher_ray import attribution, pipeline, upkeep
 from fisher_ray.cli import main
 from fisher_ray.data.digits import digits as load
-from fisher_ray.errors import ConfigError, DataError, RequestError, ResumeMismatchError
+from fisher_ray.errors import ConfigError, DataError, RequestError, ResumeMismatchError, StoreError
 from fisher_ray.models import digits_transform
 from fisher_ray.stages.attribution import search
 from fisher_ray.store import open_features, verify
@@ -490,3 +490,27 @@ def test_a_network_with_other_weights_is_refused(finished, photos, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
     with pytest.raises(RequestError, match="network"):
         ask(tmp_path / "run", queries={"format": "images", "path": str(photos)}, name="photos")
+
+
+def test_what_is_missing_of_an_answer_is_told(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("scores", "audit"))
+    ask(tmp_path / "run", rows=(0, 3), name="one")
+    (tmp_path / "run/scores/one/top/000000000000.parquet").unlink()
+
+    with pytest.raises(StoreError, match=r"top/000000000000\.parquet was there once.*--fresh"):
+        ask(tmp_path / "run", rows=(0, 3), name="one")
+
+    ask(tmp_path / "run", rows=(0, 3), name="one", fresh=True)
+
+
+def test_a_damaged_answer_is_found_by_verify(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("scores", "audit"))
+    ask(tmp_path / "run", rows=(0, 3), name="full", full=True)
+    place = f"{tmp_path}/run/scores/full/scores.zarr"
+    assert upkeep.verify(str(tmp_path / "run"))[place] == []
+    chunk = tmp_path / "run/scores/full/scores.zarr/scores/c/0/0"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+
+    (problem,) = upkeep.verify(str(tmp_path / "run"))[place]
+
+    assert "scores/c/0/0" in problem

@@ -26,7 +26,7 @@ def source(folder, inputs, labels):
 def test_queries_from_elsewhere_take_the_place_of_the_test_split(tmp_path, by):
     inputs = np.ones((5, 1, 4, 3), np.float32)
     queries = source(tmp_path, inputs, np.arange(5) % 3)
-    before, config, facts = inspected(tmp_path, {"queries": queries, "by": by})
+    before, config, facts, _ = inspected(tmp_path, {"queries": queries, "by": by})
     assert config.data.test.path == queries["path"]
     assert facts.num_rows == {**before.num_rows, "test": 5}
     changed = {name for name, value in facts.fingerprints.items() if before.fingerprints[name] != value}
@@ -46,7 +46,7 @@ def test_a_relative_path_is_of_the_working_directory_and_not_of_the_data(tmp_pat
     (tmp_path / "here").mkdir()
     source(tmp_path / "here", np.ones((5, 1, 4, 3), np.float32), np.arange(5) % 3)
     monkeypatch.chdir(tmp_path / "here")
-    _, config, facts = inspected(tmp_path, {"queries": {"format": "numpy", "path": "queries.npz"}})
+    _, config, facts, _ = inspected(tmp_path, {"queries": {"format": "numpy", "path": "queries.npz"}})
     assert config.data.test.path == str(tmp_path / "here/queries.npz")
     assert facts.num_rows["test"] == 5
 
@@ -84,9 +84,10 @@ def test_queries_of_the_same_classes_have_labels(tmp_path, named, by, folders, c
     for name in folders:
         Image.new("L", (3, 4), 90).save(tmp_path / "queries" / name / "one.png")
     queries = {"format": "images", "path": str(tmp_path / "queries"), "classes": classes}
-    _, config, facts = inspected(tmp_path, {"queries": queries, "by": by}, **named)
+    _, config, facts, own = inspected(tmp_path, {"queries": queries, "by": by}, **named)
     assert (facts.num_rows["test"], facts.class_names) == (len(folders), ("cat", "dog", "eel"))
     assert config.data.test.classes == (None if classes is None else tuple(classes))
+    assert own is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,8 @@ def test_queries_of_other_classes_have_no_label_to_be_targets(tmp_path, named, b
     Image.new("L", (3, 4), 90).save(tmp_path / "queries/fox/one.png")
     asked = {"queries": {"format": "images", "path": str(tmp_path / "queries")}, "by": by, "target": target}
     if not refused:
-        assert inspected(tmp_path, asked, **named)[2].num_rows["test"] == 1
+        _, _, facts, own = inspected(tmp_path, asked, **named)
+        assert (facts.num_rows["test"], own) == (1, ("fox",))
         return
     with pytest.raises(ConfigError, match=r"classes of their own \('fox'\).*target: taken.*'classes'"):
         inspected(tmp_path, asked, **named)
