@@ -47,7 +47,7 @@ def test_the_lines_from_python(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump(digits(tmp_path / "run", "trained_on=null").model_dump(mode="json"))
     )
-    places = {"jobs/configs/cifar10.yaml": "run.yaml", "data.root=/path/to/cifar10": "seed=1"}
+    places = {"jobs/configs/cifar10.yaml": "run.yaml", "data.root=/path/to/cifar10": "seed=1", "runs/cifar10": "run"}
     sizes = {"dim=512": "dim=64", "rank=256": "rank=32"}
     text = replaced(block("python", "fisher_ray.run(config)"), **places, **sizes)
     model, inputs = digits_mlp().eval(), torch.rand(96, 1, 8, 8)
@@ -55,6 +55,7 @@ def test_the_lines_from_python(tmp_path, monkeypatch):
     found = run(text, model=model, inputs=inputs, targets=torch.randint(10, (96,)), torch=torch)
 
     assert 0.5 < found["results"]["accuracy"]["fisher_linear"] <= 1
+    assert found["found"]["num_queries"] == 100
     assert found["gradients"]["fc0.weight"].shape == (96, 32, 64)
     assert found["phi"].shape == (96, 10, 32)
     assert found["probabilities"].detach().sum(1) == pytest.approx(torch.ones(96), abs=1e-5)
