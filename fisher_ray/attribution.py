@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from fisher_ray.config import AuditConfig, Config, ScoreConfig
-from fisher_ray.errors import ConfigError, ModelError, RequestError, ResumeMismatchError
+from fisher_ray.errors import ConfigError, RequestError, ResumeMismatchError
 from fisher_ray.journal import Journal, read_run, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress
@@ -21,7 +21,7 @@ from fisher_ray.runtime import Claim, Crew, Session
 from fisher_ray.stages import Facts, inspect_request
 from fisher_ray.stages.attribution.listing import PICTURES
 from fisher_ray.stages.attribution.search import query_blocks
-from fisher_ray.stages.workbench import BASE_FILE, inspect_queries
+from fisher_ray.stages.workbench import inspect_queries, require_network
 from fisher_ray.staging.attribution import AttributionStages, index_folder
 from fisher_ray.storage import Storage
 from fisher_ray.store import open_features
@@ -221,7 +221,7 @@ class _Job:
         facts, own_classes = inspect_request(config), None
         _refuse_others(self._url, document, facts)
         if request is not None and not isinstance(request.queries, str):
-            _refuse_other_network(self._url, document)
+            require_network(Storage(self._url), document["stages"]["base"]["result"]["fingerprint"])
             config, facts, own_classes = inspect_queries(config, facts, request)
         blocks = [] if request is None else self._blocks(request, facts)
         place, storage = f"{self._url}/{self._folder}", Storage(f"{self._url}/{self._folder}")
@@ -288,13 +288,6 @@ def _refuse_unfinished(url: str, document: dict[str, Any], config: Config, neede
     for name in needed:
         if not document["stages"].get(name, {}).get("sealed"):
             raise RequestError(f"{url} has no finished stage {name!r}, which this needs. Run it again; it goes on.")
-
-
-def _refuse_other_network(url: str, document: dict[str, Any]) -> None:
-    storage = Storage(url)
-    found = hashlib.sha256(storage.read_bytes(BASE_FILE)) if storage.exists(BASE_FILE) else None
-    if found is None or found.hexdigest() != document["stages"]["base"]["result"]["fingerprint"]:
-        raise ModelError(f"{url}/{BASE_FILE} is not, or no more, the network of this run. Put it back.")
 
 
 def _refuse_unfit(config: Config, by: str, request: ScoreConfig | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import yaml
 from fisher_ray import report
 from fisher_ray.classifier import FisherClassifier
 from fisher_ray.config import TRAINING_KEYS, Config, LinearConfig
-from fisher_ray.errors import ConfigError, ModelError
+from fisher_ray.errors import ConfigError
 from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress, Unit
@@ -36,7 +35,7 @@ from fisher_ray.stages import (
 )
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
-from fisher_ray.stages.workbench import BASE_FILE
+from fisher_ray.stages.workbench import require_network
 from fisher_ray.staging import CHOSEN, FEATURE_STORES, PARTS, GradNetStages, GramStages
 from fisher_ray.storage import Storage
 from fisher_ray.store import open_features
@@ -167,12 +166,7 @@ class _Run(GradNetStages, GramStages):
     def base(self) -> None:
         """Train the base network, or take the checkpoint."""
         self._stage("base", None, lambda: self._solo("base", training.train_base))
-        found = hashlib.sha256(self._storage.read_bytes(BASE_FILE)) if self._storage.exists(BASE_FILE) else None
-        if found is None or found.hexdigest() != self._journal.result("base")["fingerprint"]:
-            raise ModelError(
-                f"{self._url(BASE_FILE)} is not, or no more, the network that this run was begun with. Put it back, or "
-                "start anew with --fresh."
-            )
+        require_network(self._storage, self._journal.result("base")["fingerprint"])
 
     def metric(self) -> None:
         """Choose the compression, then decompose the Fisher matrix in its coordinates."""

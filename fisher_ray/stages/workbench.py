@@ -188,6 +188,21 @@ def base_network(config: Config, storage: Storage) -> nn.Module:
     return model
 
 
+def require_network(storage: Storage, fingerprint: str) -> None:
+    """Refuse a run's network if it is not the one that the run was begun with.
+
+    Raises:
+        ModelError: if it has another fingerprint, or is not there.
+    """
+    found = hashlib.sha256(storage.read_bytes(BASE_FILE)) if storage.exists(BASE_FILE) else None
+    if found is None or found.hexdigest() != fingerprint:
+        place = f"{storage.url.rstrip('/')}/{BASE_FILE}"
+        raise ModelError(
+            f"{place} is not, or no more, the network that this run was begun with. Put it back, or start the run anew "
+            "with --fresh."
+        )
+
+
 def _open(config: Config, split: str, key: str | None = None) -> Source:
     section, key = getattr(config.data, split), key or f"data.{split}"
     return open_source(section, root=config.data.root, transform=config.data.transform, key=key)
