@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +15,12 @@ from fisher_ray.journal import Journal, read_run, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress
 from fisher_ray.report.attribution import write_audit, write_scores
-from fisher_ray.runtime import Claim, Crew, Session
+from fisher_ray.runtime import Claim, Session
 from fisher_ray.stages import Facts, inspect_request
 from fisher_ray.stages.attribution.listing import PICTURES
 from fisher_ray.stages.attribution.search import query_blocks
 from fisher_ray.stages.workbench import inspect_queries, require_network
+from fisher_ray.staging import crewed
 from fisher_ray.staging.attribution import AttributionStages, index_folder
 from fisher_ray.storage import Storage
 from fisher_ray.store import open_features
@@ -231,14 +230,8 @@ class _Job:
             journal = Journal.open(storage, told, fresh=self._fresh, check=claim.check, own=OWN, another="name")
             for name, value in document["decisions"].items():
                 journal.decide(name, value)
-            facts = replace(facts, **{key: journal.decide(key, getattr(facts, key)) for key in _SIZES})
-
-            def note(text: str) -> None:
-                progress.note(text)
-                journal.event("note", text=text)
-
             results = {name: stage["result"] for name, stage in document["stages"].items() if stage.get("sealed")}
-            with closing(self._session), closing(Crew(self._session, config, facts, note, journal.decide)) as crew:
+            with crewed(self._session, config, facts, journal, storage, progress) as (facts, crew, note):
                 given = (config, facts, journal, self._session, crew, claim, progress, note, self._folder, results)
                 found = work(AttributionStages(*given), blocks)
             if own_classes is not None:  # whose labels are others than the training samples'
@@ -246,7 +239,6 @@ class _Job:
             claim.check()
             if write is not None:
                 write(storage, found, self._settings, facts.class_names, partial(_picture, storage))
-            storage.remove_partials()
         names = None if facts.class_names is None else list(facts.class_names)
         return {"place": place, "class_names": names, **found}
 
@@ -265,9 +257,6 @@ class _Job:
                 "unit_rows, micro_batch, memory_bytes) cannot be replaced. Leave them out."
             )
         return config
-
-
-_SIZES = ("micro_batch", "micro_batch_gpu")
 
 
 def _picture(storage: Storage, name: str) -> bytes:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal
@@ -20,7 +18,7 @@ from fisher_ray.errors import ConfigError
 from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
 from fisher_ray.records import Progress, Unit
-from fisher_ray.runtime import Claim, Crew, Session, num_slices
+from fisher_ray.runtime import Claim, Session, num_slices
 from fisher_ray.stages import (
     Facts,
     compression,
@@ -36,7 +34,7 @@ from fisher_ray.stages import (
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import require_network
-from fisher_ray.staging import CHOSEN, FEATURE_STORES, PARTS, GradNetStages, GramStages
+from fisher_ray.staging import CHOSEN, FEATURE_STORES, PARTS, GradNetStages, GramStages, crewed
 from fisher_ray.storage import Storage
 from fisher_ray.store import open_features
 
@@ -89,21 +87,12 @@ def run(
     refuse_foreign(storage)
     with Claim(config.output, progress.note) as claim:
         journal = Journal.open(storage, _journal_facts(config, facts), fresh=fresh, late=LATE, check=claim.check)
-        storage.remove_partials()  # of workers that ended with an earlier driver
-        sizes = {name: journal.decide(name, getattr(facts, name)) for name in ("micro_batch", "micro_batch_gpu")}
-        facts = replace(facts, **sizes)
-
-        def note(text: str) -> None:
-            progress.note(text)
-            journal.event("note", text=text)
-
-        with closing(session), closing(Crew(session, config, facts, note, journal.decide)) as crew:
+        with crewed(session, config, facts, journal, storage, progress) as (facts, crew, note):
             results = _Run(config, facts, journal, session, crew, claim, progress, note).run(until or "report")
             if config.tensorboard is not None and until in (None, "report"):
                 from fisher_ray.report.tensorboard import write_tensorboard  # which takes a while to import
 
                 write_tensorboard(config.tensorboard, storage)
-        storage.remove_partials()  # of workers that this run has lost
     return results
 
 
