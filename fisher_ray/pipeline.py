@@ -34,7 +34,7 @@ from fisher_ray.stages import (
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
 from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import require_network
-from fisher_ray.staging import CHOSEN, FEATURE_STORES, PARTS, GradNetStages, GramStages, crewed
+from fisher_ray.staging import FEATURE_STORES, PARTS, GradNetStages, GramStages, crewed
 from fisher_ray.storage import Storage
 from fisher_ray.store import open_features
 
@@ -217,9 +217,8 @@ class _Run(GradNetStages, GramStages):
         return self._config.linear.model == "gradnet"
 
     def _fit_linear(self) -> None:
-        units = self._linear_units(self._rank)
         fit = self._fit_logistic if self._config.linear.model == "logistic" else self._fit_ridge
-        self._stage("linear", sum(map(len, units.values())), partial(fit, units))
+        self._stage("linear", self._num_linear_units(), fit)
         minibatch.remove_checkpoint(self._storage)
         if self._facts.hidden is not None:
             self._stage("linear_probe", None, lambda: self._solo("linear_probe", shallow.fit_probe))
@@ -228,23 +227,19 @@ class _Run(GradNetStages, GramStages):
     def _rank(self) -> int:
         return int(self._journal.result("metric")["rank"])
 
-    def _fit_ridge(self, units: dict[str, list[Unit]]) -> dict[str, Any]:
-        fit = self._sum_gram("linear", units["fit"], "fit", self._rank)
-        chosen = self._choose_penalty("linear", fit)
-        validation = self._sum_gram("linear", units["validation"], "validation", self._rank)
-        kept = {name: chosen[name] for name in CHOSEN}
-        fitted = self._solo("linear", shallow.fit_ridge, fit, validation, **kept)
+    def _fit_ridge(self) -> dict[str, Any]:
+        fitted = self._fit_ridge_by("linear", shallow.fit_ridge)
         self._export_classifier()
-        return {**chosen, **fitted}
+        return fitted
 
-    def _fit_logistic(self, units: dict[str, list[Unit]]) -> dict[str, Any]:
+    def _fit_logistic(self) -> dict[str, Any]:
         from fisher_ray.runtime import train  # Ray Train takes seconds to import
 
         streamed = self._config.linear.solver == "minibatch"
         if streamed:
-            sums = [self._sum_columns(units[part], part) for part in PARTS]
+            sums = [self._sum_columns(part) for part in PARTS]
         else:
-            sums = [self._sum_gram("linear", units[part], part, self._rank) for part in PARTS]
+            sums = [self._sum_gram("linear", part) for part in PARTS]
         self._solo("linear", shallow.save_column_sums if streamed else shallow.save_sums, *sums)
         workers, gpus = self._crew.target, self._crew.gpus
         self._crew.close()  # their places are Ray Train's meanwhile
@@ -256,8 +251,9 @@ class _Run(GradNetStages, GramStages):
         self._export_classifier()
         return fitted
 
-    def _sum_columns(self, units: list[Unit], part: str) -> Any:
-        return self._reduce("linear", partial(tasks.sum_columns, part=part), units, self._kept_part("columns", part))
+    def _sum_columns(self, part: str) -> Any:
+        task, kept = partial(tasks.sum_columns, part=part), self._kept_part("columns", part)
+        return self._reduce("linear", task, self._linear_units(part), kept)
 
     def _export_classifier(self) -> None:
         if self._config.scores.labels == "all":

@@ -146,19 +146,10 @@ class AttributionStages(GramStages):
         pair = (partial(task, split="test", name=name) for task in (tasks.write_features, tasks.try_features))
         return self._write_units("queries", "test", search.QUERIES, spec, units, *pair)
 
-    def _num_linear_units(self) -> int:
-        return sum(map(len, self._linear_units(self._rank).values()))
-
     def _fit_ridge(self) -> dict[str, Any]:
-        units = self._linear_units(self._rank)
-        fit = self._sum_gram("ridge", units["fit"], "fit", self._rank)
-        chosen = self._stages["linear"]
-        if self._config.linear.model != "ridge":
-            chosen = self._choose_penalty("ridge", fit)
-        validation = self._sum_gram("ridge", units["validation"], "validation", self._rank)
-        kept = {name: chosen[name] for name in CHOSEN if name != "temperature"}
-        fitted = self._solo("ridge", ridge.save_ridge, fit, validation, folder=self._folder, **kept)
-        return {**fitted, "temperature": chosen["temperature"]}
+        linear = self._stages["linear"]
+        chosen = {name: linear[name] for name in CHOSEN} if self._config.linear.model == "ridge" else None
+        return self._fit_ridge_by("ridge", ridge.save_ridge, chosen, folder=self._folder)
 
     def _fit_class_gap(self, units: list[Unit]) -> dict[str, Any]:
         sums = self._reduce("class_gap", search.sum_class_gaps, units)

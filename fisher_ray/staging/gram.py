@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,19 +20,41 @@ CHOSEN = ("penalty", "rank", "damping", "temperature")
 
 
 class GramStages(Staging):
-    """Sums over the feature store."""
+    """Sums over the feature store, and what is fitted to them."""
 
-    def _linear_units(self, rank: int) -> dict[str, list[Unit]]:
-        columns = planning.num_columns(self._config, self._facts, rank)
-        return {part: planning.linear_units(self._config, self._facts, columns, part) for part in PARTS}
+    @property
+    def _rank(self) -> int:
+        """``R`` of the run's metric."""
+        raise NotImplementedError
 
-    def _sum_gram(self, stage: str, units: list[Unit], part: str, rank: int) -> Any:
-        slices = num_slices(planning.gram_bytes(planning.num_columns(self._config, self._facts, rank)))
-        kept = self._kept_part("gram", part)
-        return self._reduce(stage, partial(tasks.sum_gram, part=part), units, kept, num_slices=slices)
+    @property
+    def _columns(self) -> int:
+        return planning.num_columns(self._config, self._facts, self._rank)
 
-    def _choose_penalty(self, stage: str, fit: Any) -> dict[str, Any]:
-        return self._solo(stage, shallow.choose_penalty, fit)
+    def _linear_units(self, part: str) -> list[Unit]:
+        return planning.linear_units(self._config, self._facts, self._columns, part)
+
+    def _num_linear_units(self) -> int:
+        return sum(len(self._linear_units(part)) for part in PARTS)
+
+    def _sum_gram(self, stage: str, part: str) -> Any:
+        slices, kept = num_slices(planning.gram_bytes(self._columns)), self._kept_part("gram", part)
+        task = partial(tasks.sum_gram, part=part)
+        return self._reduce(stage, task, self._linear_units(part), kept, num_slices=slices)
+
+    def _fit_ridge_by(
+        self, stage: str, task: Callable[..., Any], chosen: dict[str, Any] | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Choose on the validation rows, unless that was done before, then run ``task`` on the sums of both parts.
+
+        Returns:
+            What was chosen, and what the task returns.
+        """
+        fit = self._sum_gram(stage, "fit")
+        chosen = self._solo(stage, shallow.choose_penalty, fit) if chosen is None else chosen
+        validation = self._sum_gram(stage, "validation")
+        kept = {name: chosen[name] for name in CHOSEN}
+        return {**chosen, **self._solo(stage, task, fit, validation, **kept, **options)}
 
     def _kept_part(self, sums: str, part: str) -> str:
         """Name a part's sums by the settings, which may change before a resume."""

@@ -26,11 +26,13 @@ def save_ridge(
     penalty: float,
     rank: int | None,
     damping: float | None,
+    temperature: float,
 ) -> dict[str, Any]:
     """Fit on all rows as the run did, and write the system; ``fit`` may be added to."""
     system = RidgeSystem.fit(merge_sums(fit, validation), penalty, ridge_columns(bench, rank, damping))
-    save_arrays(bench.url(f"{folder}/{RIDGE}"), system.to_arrays(), {"kind": "ridge"})
-    return {"penalty": penalty, "rank": rank, "damping": damping, "num_columns": len(system.index)}
+    chosen = {"penalty": penalty, "rank": rank, "damping": damping, "temperature": temperature}
+    save_arrays(bench.url(f"{folder}/{RIDGE}"), system.to_arrays(), {"kind": "ridge", **chosen})
+    return {"num_columns": len(system.index)}
 
 
 def load_ridge(url: str) -> RidgeSystem:

@@ -41,7 +41,12 @@ def fit_system(bench: Workbench, folder: str = FOLDER, penalty: float = PENALTY,
         merged([shallow.gram_sums(bench, unit, part) for unit in some])
         for part, some in zip(("fit", "validation"), units, strict=True)
     ]
-    ridge.save_ridge(bench, *parts, folder=folder, **{"penalty": penalty, "rank": None, "damping": None, **chosen})
+    ridge.save_ridge(
+        bench,
+        *parts,
+        folder=folder,
+        **{"penalty": penalty, "rank": None, "damping": None, "temperature": 1.0, **chosen},
+    )
 
 
 def prepare(bench: Workbench, by: str) -> None:
