@@ -17,7 +17,7 @@ from fisher_ray.config import TRAINING_KEYS, Config, LinearConfig
 from fisher_ray.errors import ConfigError
 from fisher_ray.journal import Journal, refuse_foreign
 from fisher_ray.progress import new_console, show_progress
-from fisher_ray.records import Progress, Unit
+from fisher_ray.records import Progress
 from fisher_ray.runtime import Claim, Session, num_slices
 from fisher_ray.stages import (
     Facts,
@@ -32,7 +32,6 @@ from fisher_ray.stages import (
     training,
 )
 from fisher_ray.stages.gradnet.units import ENTRIES, PREDICTIONS
-from fisher_ray.stages.passes import feature_spec
 from fisher_ray.stages.workbench import require_network
 from fisher_ray.staging import FEATURE_STORES, PARTS, GradNetStages, GramStages, crewed
 from fisher_ray.storage import Storage
@@ -183,26 +182,9 @@ class _Run(GradNetStages, GramStages):
         """Write the features of the shallow split and of the test split."""
         for name, split in {} if self._alone else FEATURE_STORES.items():
             units = self._without_excluded(split, planning.split_units(self._config, self._facts, split))
-            self._stage(f"features/{name}", len(units), partial(self._write_features, name, split, units))
-
-    def _write_features(self, name: str, split: str, units: list[Unit]) -> dict[str, Any]:
-        metric = self._journal.result("metric")
-        fingerprints = {**self._fingerprints(), "metric": metric["fingerprint"]}
-        linear = self._config.linear
-        views = linear.views if linear.num_stacked is None else "stacked"
-        attributes = {"split": split, "labels": self._config.scores.labels, "views": views}
-        spec = feature_spec(
-            self._config,
-            self._facts,
-            split,
-            metric["rank"],
-            metric["feature_rms"],
-            {**attributes, "fingerprints": fingerprints},
-        )
-        pair = (
-            partial(task, split=split, name=FISHER_STORES[split]) for task in (tasks.write_features, tasks.try_features)
-        )
-        return self._write_units(f"features/{name}", split, FISHER_STORES[split], spec, units, *pair)
+            results = {stage: self._journal.result(stage) for stage in ("base", "metric")}
+            given = (f"features/{name}", split, units, FISHER_STORES[split], results)
+            self._stage(f"features/{name}", len(units), partial(self._write_features, *given))
 
     def linear(self) -> None:
         """Fit the linear model on the features, the linear probe on the last hidden layer, and GradNet."""

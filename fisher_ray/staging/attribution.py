@@ -15,9 +15,8 @@ from fisher_ray.errors import DataError, StoreError
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Unit
 from fisher_ray.runtime import Claim, Crew, Session
-from fisher_ray.stages import Facts, planning, tasks
+from fisher_ray.stages import Facts, planning
 from fisher_ray.stages.attribution import audit, index, listing, ridge, search
-from fisher_ray.stages.passes import feature_spec
 from fisher_ray.staging.gram import CHOSEN, GramStages
 from fisher_ray.store import FeatureStore, create_store, open_features, seal
 
@@ -56,7 +55,8 @@ class AttributionStages(GramStages):
     ) -> None:
         """See the class."""
         super().__init__(config, facts, journal, session, crew, claim, progress, note, folder)
-        self._folder, self._stages = folder, stages
+        self._folder: str = folder
+        self._stages = stages
 
     def score(self, request: ScoreConfig, blocks: list[range]) -> dict[str, Any]:
         """Score every training row for every query.
@@ -71,7 +71,8 @@ class AttributionStages(GramStages):
         """
         if request.store is None:
             units = planning.split_units(self._config, self._facts, "test")
-            self._stage("queries", len(units), partial(self._write_queries, units))
+            given = ("queries", "test", units, search.QUERIES, self._stages)
+            self._stage("queries", len(units), partial(self._write_features, *given))
         if request.by == "ridge":
             self._stage("ridge", self._num_linear_units(), self._fit_ridge)
         blocks = self._with_rows(request, blocks)
@@ -138,13 +139,6 @@ class AttributionStages(GramStages):
     @property
     def _rank(self) -> int:
         return int(self._stages["metric"]["rank"])
-
-    def _write_queries(self, units: list[Unit]) -> dict[str, Any]:
-        metric, name = self._stages["metric"], f"{self._folder}/{search.QUERIES}"
-        attributes = {"split": "queries", "labels": self._config.scores.labels}
-        spec = feature_spec(self._config, self._facts, "test", self._rank, metric["feature_rms"], attributes)
-        pair = (partial(task, split="test", name=name) for task in (tasks.write_features, tasks.try_features))
-        return self._write_units("queries", "test", search.QUERIES, spec, units, *pair)
 
     def _fit_ridge(self) -> dict[str, Any]:
         linear = self._stages["linear"]

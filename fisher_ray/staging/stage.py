@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ from fisher_ray.config import Config
 from fisher_ray.journal import Journal
 from fisher_ray.records import Progress, Receipt, Unit
 from fisher_ray.runtime import Checkpoints, Claim, Crew, Pool, Session, remove_checkpoints
-from fisher_ray.stages import Facts
+from fisher_ray.stages import Facts, tasks
+from fisher_ray.stages.passes import feature_spec
 from fisher_ray.storage import Storage
 from fisher_ray.store import StoreSpec, create_store, finished_units, seal
 
@@ -50,6 +51,7 @@ class Staging:
         self._config, self._facts, self._journal = config, facts, journal
         self._session, self._crew, self._progress, self._note = session, crew, progress, note
         self._pool, self._check = Pool(crew, config, note, claim.check), claim.check
+        self._folder = folder
         self._place = config.output.rstrip("/") + (f"/{folder}" if folder else "")
         self._storage = Storage(self._place)
 
@@ -81,6 +83,20 @@ class Staging:
         self._check()  # another driver may have it by now
         seal(url, len(units))
         return {"num_rows": self._facts.num_rows[split], "num_units": len(units)}
+
+    def _write_features(
+        self, stage: str, split: str, units: list[Unit], name: str, results: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Have the Fisher features of a split written to the store ``name``; ``results`` are of the run's stages."""
+        config, facts, metric = self._config, self._facts, results["metric"]
+        fingerprints = {"model": results["base"]["fingerprint"], "data": facts.fingerprints}
+        fingerprints["metric"] = metric["fingerprint"]
+        views = config.linear.views if config.linear.num_stacked is None else "stacked"
+        attributes = {"split": split, "labels": config.scores.labels, "views": views, "fingerprints": fingerprints}
+        spec = feature_spec(config, facts, split, metric["rank"], metric["feature_rms"], attributes)
+        place = name if self._folder is None else f"{self._folder}/{name}"
+        pair = (partial(task, split=split, name=place) for task in (tasks.write_features, tasks.try_features))
+        return self._write_units(stage, split, name, spec, units, *pair)
 
     def _stage(self, name: str, total: int | None, work: Callable[[], dict[str, Any] | None]) -> None:
         if self._journal.sealed(name):
