@@ -14,7 +14,7 @@ from torch import Tensor
 from fisher_ray.data import load_batches
 from fisher_ray.stages.attribution.best import Best
 from fisher_ray.stages.attribution.vectors import feature_rows, unit_length
-from fisher_ray.stages.shallow import load_weights, store_rows, train_store
+from fisher_ray.stages.shallow import load_weights, store_rows
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import FeatureStore, load_arrays, open_features
 
@@ -43,7 +43,7 @@ def show_examples(bench: Workbench) -> dict[str, Any]:
     weights = load_weights(bench.url("linear/weights.zarr"))
     scores = torch.from_numpy(found["fisher_linear"]).double() / weights.temperature
     examples = choose(scores, torch.from_numpy(found["labels"]), torch.from_numpy(found["index"]))
-    train = train_store(bench)
+    train = bench.train_store
     searched = range(min(train.num_rows, SEARCHED_ROWS))
     test = open_features(bench.url("features/test.zarr"))
     shown = [block["x"] for item in examples for block in _rows(test, range(item["row"], item["row"] + 1))]

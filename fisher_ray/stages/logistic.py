@@ -135,7 +135,7 @@ class Leaves:
 
     @cached_property
     def _store(self) -> FeatureStore:
-        return shallow.train_store(self.bench)
+        return self.bench.train_store
 
     def go_through(self, order: Order, take: Callable[[Tensor], object]) -> Exception | None:
         """Do ``order`` together with the other ranks, which call this too; rank 0 takes the leaves' results, in order.

@@ -136,7 +136,7 @@ class _Training:
 
     def _begin(self) -> None:
         """Open what is read, and take up the last checkpoint."""
-        self._store = shallow.train_store(self._bench)
+        self._store = self._bench.train_store
         self._views = shallow.num_views(self._store)
         self._samples = -(-self._section.batch_size // (self._ranks.size * self._views))  # of this rank's batches
         kept = [("features", True), ("hidden", self._section.hidden), ("labels", True)]

@@ -42,11 +42,6 @@ KEPT_BYTES = 2 * 2**30
 _VALIDATION_KEY = 0x5EED
 
 
-def train_store(bench: Workbench) -> FeatureStore:
-    """Open the sealed features of the shallow split."""
-    return open_features(bench.url("features/train.zarr"))
-
-
 def linear_rows(
     bench: Workbench, store: FeatureStore, part: str, rows: range | None = None
 ) -> Iterator[dict[str, Tensor]]:
@@ -153,7 +148,7 @@ def gram_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
     """Sum one leaf's rows of the training store, as :meth:`GramSum.to_arrays` has them."""
     columns = num_columns(bench.config, bench.facts, bench.metric.rank)
     sums = GramSum.zeros(columns, bench.facts.num_classes)
-    for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
+    for block in linear_rows(bench, bench.train_store, part, range(unit.start, unit.stop)):
         sums.add(*fit_rows(block), bench.class_weights)
     return sums.to_arrays()
 
@@ -167,7 +162,7 @@ def columns_of(block: Mapping[str, np.ndarray], names: Sequence[str], stacked: b
 def column_sums(bench: Workbench, unit: Unit, part: str) -> dict[str, np.ndarray]:
     """Sum one leaf's columns and their squares, as :meth:`ColumnSums.to_arrays` has them."""
     sums, weights = ColumnSums.zeros(num_columns(bench.config, bench.facts, bench.metric.rank)), bench.class_weights
-    for block in linear_rows(bench, train_store(bench), part, range(unit.start, unit.stop)):
+    for block in linear_rows(bench, bench.train_store, part, range(unit.start, unit.stop)):
         x, labels = fit_rows(block)
         sums.add(x, None if weights is None else weights[labels.long()])
     return sums.to_arrays()
@@ -186,7 +181,7 @@ def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, An
     for rank, damping in grid(linear.ranks, linear.dampings):
         tried += [{"penalty": penalty, "rank": rank, "damping": damping} for penalty in linear.penalties]
         models += ridge_path(sums, linear.penalties, ridge_columns(bench, rank, damping))
-    scores, labels = score_rows(linear_rows(bench, train_store(bench), "validation"), "x", models)
+    scores, labels = score_rows(linear_rows(bench, bench.train_store, "validation"), "x", models)
     best, accuracies = best_penalty([model.penalty for model in models], scores, labels)
     path = [{**one, "accuracy": share} for one, share in zip(tried, accuracies, strict=True)]
     chosen = {**tried[best], "validation": accuracies[best]}
@@ -277,7 +272,7 @@ class _HiddenRows:
     """The last hidden layer's rows: read once if they fit into :data:`KEPT_BYTES`, else whenever they are asked for."""
 
     def __init__(self, bench: Workbench) -> None:
-        self._bench, self._store = bench, train_store(bench)
+        self._bench, self._store = bench, bench.train_store
         row_bytes = sum(map(self._store.row_bytes, ("hidden", "logits", "labels", "index")))
         self._keeps = 2 * self._store.num_rows * row_bytes <= KEPT_BYTES  # "all" besides its two parts
         self._kept: dict[str, list[dict[str, Tensor]]] = {}

@@ -28,7 +28,7 @@ from fisher_ray.stages.gradnet.network import load_network, network_shape
 from fisher_ray.stages.memory import choose_micro_batch
 from fisher_ray.stages.networks import build_network, load_checkpoint, load_state, network_bytes
 from fisher_ray.storage import Storage
-from fisher_ray.store import StoreWriter, load_arrays, open_features
+from fisher_ray.store import FeatureStore, StoreWriter, load_arrays, open_features
 
 BASE_FILE = "base/model.safetensors"
 SPLITS = ("train", "shallow", "test")
@@ -147,13 +147,18 @@ class Workbench:
         return LowRankMetric.load(self.url("metric.zarr"))
 
     @cached_property
+    def train_store(self) -> FeatureStore:
+        """The sealed features of the shallow split."""
+        return open_features(self.url("features/train.zarr"))
+
+    @cached_property
     def class_weights(self) -> torch.Tensor | None:
         """As how many rows each class's rows count in the linear model, ``(C,)``; None if as one."""
         asked = self.config.linear.class_weights
         if asked == "none":
             return None
         counts = torch.zeros(self.facts.num_classes, dtype=torch.int64)
-        for chunk in open_features(self.url("features/train.zarr")).iter_chunks(["labels"]):
+        for chunk in self.train_store.iter_chunks(["labels"]):
             counts += torch.bincount(torch.from_numpy(chunk["labels"]), minlength=len(counts))
         return weigh_classes(asked, counts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ class AttributionStages(GramStages):
         self._pool.map("fill", index.fill_index, todo, partial(self._received, "fill"), **given)
         return {"num_units": len(units)}
 
-    @property
+    @cached_property
     def _train_store(self) -> FeatureStore:
         return open_features(f"{self._config.output.rstrip('/')}/features/train.zarr")
 

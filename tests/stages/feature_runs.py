@@ -49,11 +49,11 @@ def make_run(
     arrays = _rows(num_rows, rank, num_classes, dtype)
     _write(str(folder / "features/train.zarr"), arrays, config, dtype, dict.fromkeys(skipped, "not a picture"))
     bench = Workbench(config, facts)
-    blocks = [shallow.linear_rows(bench, shallow.train_store(bench), part) for part in ("fit", "validation")]
+    blocks = [shallow.linear_rows(bench, bench.train_store, part) for part in ("fit", "validation")]
     sums = [_sum(part, num_classes * rank + HIDDEN, num_classes) for part in blocks]
     shallow.save_sums(bench, *(item.to_arrays() for item in sums))
     kept = np.delete(np.arange(num_rows), list(skipped))
-    held = [block["index"] for block in shallow.linear_rows(bench, shallow.train_store(bench), "validation")]
+    held = [block["index"] for block in shallow.linear_rows(bench, bench.train_store, "validation")]
     stored = np.concatenate([arrays["features"].reshape(num_rows, -1), arrays["hidden"]], 1)
     where = np.isin(kept, torch.cat(held).numpy()) if held else np.zeros(len(kept), bool)
     return FeatureRun(config, facts, stored[kept], arrays["labels"][kept], where)

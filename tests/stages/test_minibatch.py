@@ -40,7 +40,7 @@ def streamed(folder, **options):
     sums = {}
     for part in ("fit", "validation"):
         sums[part] = ColumnSums.zeros(run.x.shape[1])
-        for block in shallow.linear_rows(run.bench, shallow.train_store(run.bench), part):
+        for block in shallow.linear_rows(run.bench, run.bench.train_store, part):
             weights = run.bench.class_weights
             sums[part].add(block["x"], None if weights is None else weights[block["labels"]])
     shallow.save_column_sums(run.bench, *(item.to_arrays() for item in sums.values()))

@@ -60,7 +60,7 @@ def test_rows_do_not_depend_on_blocks_and_chunks(tmp_path, block_rows, monkeypat
     found = []
     for chunk_rows in (16, 50):
         run = make_run(tmp_path / str(chunk_rows), chunk_rows=chunk_rows, skipped=SKIPPED)
-        blocks = list(linear_rows(run.bench, shallow.train_store(run.bench), "fit"))
+        blocks = list(linear_rows(run.bench, run.bench.train_store, "fit"))
         assert all(len(block["x"]) >= min(block_rows, 200) for block in blocks[:-1])
         found.append({name: joined(blocks, name) for name in ("x", "labels", "index", "logits", "hidden")})
         assert np.array_equal(found[-1]["x"], run.x[~run.held])
@@ -83,10 +83,10 @@ def test_the_features_are_not_read_where_the_hidden_layer_alone_is_wanted(tmp_pa
             if path.is_file():
                 path.write_bytes(b"broken")
 
-    hidden = joined(hidden_rows(run.bench, shallow.train_store(run.bench), "all"))
+    hidden = joined(hidden_rows(run.bench, run.bench.train_store, "all"))
     assert np.array_equal(hidden, run.x[:, NUM_COLUMNS:].astype(np.float32))
     with pytest.raises(StoreError, match="features/c/"):
-        next(linear_rows(run.bench, shallow.train_store(run.bench), "all"))
+        next(linear_rows(run.bench, run.bench.train_store, "all"))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def fitted(tmp_path_factory):
         result=result,
         probe=probe,
         evaluation=evaluation,
-        parts={part: list(linear_rows(bench, shallow.train_store(bench), part)) for part in sums},
+        parts={part: list(linear_rows(bench, bench.train_store, part)) for part in sums},
         tests=list(linear_rows(bench, open_features(bench.url("features/test.zarr")), "all")),
     )
 
@@ -175,7 +175,7 @@ def test_rank_and_damping_are_chosen_on_the_validation_rows_from_the_same_sums(t
     unit = planning.linear_units(bench.config, bench.facts, columns, "fit")[0]
     fit, validation = (tasks.sum_gram(bench, unit, 1, part=part)[1] for part in ("fit", "validation"))
     chosen = shallow.choose_penalty(bench, fit)
-    blocks = {part: list(linear_rows(bench, shallow.train_store(bench), part)) for part in ("fit", "validation", "all")}
+    blocks = {part: list(linear_rows(bench, bench.train_store, part)) for part in ("fit", "validation", "all")}
 
     def scale(entry):
         """What standardised columns are multiplied by, 0 for those left out."""

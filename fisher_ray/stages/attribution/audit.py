@@ -15,7 +15,6 @@ from fisher_ray.stages.attribution.listing import to_parquet
 from fisher_ray.stages.attribution.ridge import RIDGE, load_ridge, row_weights
 from fisher_ray.stages.attribution.search import stored_rows
 from fisher_ray.stages.attribution.vectors import label_scores
-from fisher_ray.stages.shallow import train_store
 from fisher_ray.stages.tasks import UnitLog
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import ArraySpec, FeatureStore, StoreSpec, open_features
@@ -57,7 +56,7 @@ def audit_rows(bench: Workbench, unit: Unit, attempt: int, *, folder: str, tempe
     """Write a unit of the audit's :data:`ROWS`."""
     log, writer = UnitLog(), bench.store_writer(f"{folder}/{ROWS}")
     parts: list[dict[str, np.ndarray]] = []
-    with stored_rows(bench, train_store(bench), "ridge", unit, log) as blocks:
+    with stored_rows(bench, bench.train_store, "ridge", unit, log) as blocks:
         system = bench.keep("ridge", f"{folder}/{RIDGE}", load_ridge)
         for block in blocks:
             for rows in torch.split(torch.arange(len(block["labels"])), SOLVED_ROWS):
@@ -91,7 +90,7 @@ def _judged(
         num_features = bench.metric.rank * (bench.facts.num_classes if bench.config.scores.labels == "all" else 1)
         features = block["x"][:, :num_features]
         scores = label_scores(features, block["logits"], labels, bench.config.scores.labels).double()
-        found["self_influence"] = scores.square().sum(1) / train_store(bench).num_rows
+        found["self_influence"] = scores.square().sum(1) / bench.train_store.num_rows
     return {name: value.numpy().astype(COLUMNS[name]) for name, value in found.items()}
 
 

@@ -21,7 +21,6 @@ from fisher_ray.stages.attribution.search import (
     stored_rows,
 )
 from fisher_ray.stages.attribution.vectors import vectors
-from fisher_ray.stages.shallow import train_store
 from fisher_ray.stages.tasks import UnitLog
 from fisher_ray.stages.workbench import Workbench
 
@@ -68,7 +67,7 @@ def train_index(bench: Workbench, *, factory: str, by: By, folder: str) -> dict[
     Raises:
         RequestError: if FAISS is not installed, or cannot make such an index.
     """
-    faiss, store = load_faiss(), train_store(bench)
+    faiss, store = load_faiss(), bench.train_store
     dim = num_features(store)
     wanted = min(store.num_rows, max(1, TRAINING_BYTES // (4 * dim)))
     blocks = blocks_of(bench, store, by, range(wanted))
@@ -88,7 +87,7 @@ def train_index(bench: Workbench, *, factory: str, by: By, folder: str) -> dict[
 def fill_index(bench: Workbench, unit: Unit, attempt: int, *, by: By, folder: str) -> tuple[Receipt, None]:
     """Write the part of an index that has a unit's training rows."""
     faiss, log = load_faiss(), UnitLog()
-    with stored_rows(bench, train_store(bench), by, unit, log) as blocks:
+    with stored_rows(bench, bench.train_store, by, unit, log) as blocks:
         index = _read(faiss, bench.storage.read_bytes(f"{folder}/{TRAINED}"))
         for block in blocks:
             rows = vectors(bench, by, block, block["labels"], folder)
@@ -132,7 +131,7 @@ def search_index(
     faiss, log, asked = load_faiss(), UnitLog(), Asked(request, folder, start, stop)
     config, began = asked.config, time.monotonic()
     raw = bench.storage.read_bytes(f"{index}/{part_name(unit.index)}")
-    kept = train_store(bench).read_kept(["index", "labels"], unit.start, unit.stop)
+    kept = bench.train_store.read_kept(["index", "labels"], unit.start, unit.stop)
     rows, labels = torch.from_numpy(kept["index"]), torch.from_numpy(kept["labels"])
     log.seconds["read"] = time.monotonic() - began
     with bench.turn:

@@ -22,7 +22,7 @@ from fisher_ray.stages.attribution.best import NUM_BINS, Arrays, Best, count_cos
 from fisher_ray.stages.attribution.novelty import NormMoments, norm_weights, square_norms
 from fisher_ray.stages.attribution.ridge import RIDGE, RidgeInfluence, load_ridge, row_weights
 from fisher_ray.stages.attribution.vectors import CLASS_GAP, feature_rows, vectors
-from fisher_ray.stages.shallow import num_views, store_rows, train_store
+from fisher_ray.stages.shallow import num_views, store_rows
 from fisher_ray.stages.tasks import UnitLog
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import SEAL, ArraySpec, FeatureStore, StoreSpec, open_features
@@ -150,7 +150,7 @@ def read_queries(bench: Workbench, asked: Asked) -> Queries:
         ridge = RidgeInfluence(system, torch.cat([system.standardised(block["x"]) for block in blocks]), classes)
         return Queries(index, labels, lambda block: ridge.scores(block["x"], *_row_labels(bench, block)))
     found = read_vectors(bench, asked)
-    left = found.vectors / (train_store(bench).num_rows if request.by == "influence" else 1)
+    left = found.vectors / (bench.train_store.num_rows if request.by == "influence" else 1)
 
     def scores(block: dict[str, Tensor]) -> Tensor:
         return left @ vectors(bench, request.by, block, block["labels"], folder).mT
@@ -199,7 +199,7 @@ def search_rows(
     """
     asked, log = Asked(request, folder, start, stop), UnitLog()
     config, kept, pairs = asked.config, list[tuple[Tensor, Tensor]](), np.zeros((2, NUM_BINS), np.int64)
-    store = train_store(bench)
+    store = bench.train_store
     with stored_rows(bench, store, config.by, unit, log) as blocks:
         queries = bench.keep("queries", f"{folder}/[{start}, {stop})", lambda _: read_queries(bench, asked))
         best, moments = Best(len(queries.index), config.top), NormMoments()
@@ -280,7 +280,7 @@ def query_blocks(request: ScoreConfig, num_rows: int, row_bytes: int) -> list[ra
 
 def sum_class_gaps(bench: Workbench, unit: Unit, attempt: int) -> tuple[Receipt, Arrays]:
     """Sum what class gaps need of a unit's training rows, their features of length one."""
-    log, store, normalisation = UnitLog(), train_store(bench), Normalisation(l2=True)
+    log, store, normalisation = UnitLog(), bench.train_store, Normalisation(l2=True)
     sums = ClassGapSum(num_features(store), bench.facts.num_classes)
     with stored_rows(bench, store, "class_gap", unit, log) as blocks:
         for block in blocks:

@@ -88,7 +88,7 @@ def all_scores(bench: Workbench, **request: Any) -> np.ndarray:
 
 def full_scores(bench: Workbench, folder: str, num_queries: int, **request: Any) -> FeatureStore:
     """Search with ``full``, and return the store of the scores."""
-    train, url = shallow.train_store(bench), bench.url(f"{folder}/{search.SCORES}")
+    train, url = bench.train_store, bench.url(f"{folder}/{search.SCORES}")
     create_store(url, search.score_spec(train, num_queries, bench.config.runtime.unit_rows, {}))
     searched(bench, folder, **request, full=True)
     seal(url, len(train_units(bench)))

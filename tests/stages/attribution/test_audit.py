@@ -33,7 +33,7 @@ TEMPERATURE = 0.4
 def audited(bench, folder=FOLDER):
     """Write the audit's rows, and return them."""
     url, has_scores = bench.url(f"{folder}/{audit.ROWS}"), bench.config.scores.labels in ("all", "true")
-    create_store(url, audit.audit_spec(shallow.train_store(bench), bench.config.runtime.unit_rows, {}, has_scores))
+    create_store(url, audit.audit_spec(bench.train_store, bench.config.runtime.unit_rows, {}, has_scores))
     for unit in train_units(bench):
         receipt, nothing = audit.audit_rows(bench, unit, 1, folder=folder, temperature=TEMPERATURE)
         assert nothing is None
