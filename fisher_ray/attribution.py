@@ -17,8 +17,11 @@ from fisher_ray.records import Progress
 from fisher_ray.report.attribution import write_audit, write_scores
 from fisher_ray.runtime import Claim, Session
 from fisher_ray.stages import Facts, inspect_request
+from fisher_ray.stages.attribution.audit import ROWS, SUSPECTS
 from fisher_ray.stages.attribution.listing import PICTURES
-from fisher_ray.stages.attribution.search import query_blocks
+from fisher_ray.stages.attribution.ridge import RIDGE
+from fisher_ray.stages.attribution.search import QUERIES, SCORES, query_blocks
+from fisher_ray.stages.attribution.vectors import CLASS_GAP, has_label_scores
 from fisher_ray.stages.workbench import inspect_queries, require_network
 from fisher_ray.staging import crewed
 from fisher_ray.staging.attribution import AttributionStages, index_folder
@@ -27,17 +30,8 @@ from fisher_ray.store import open_features
 
 AUDIT = "audit"
 """Where in the run folder an audit is."""
-OWN: tuple[str, ...] = (
-    "queries.zarr",
-    "queries",
-    "class-gap.zarr",
-    "ridge.zarr",
-    "scores.zarr",
-    "top",
-    "scores.json",
-    "rows.zarr",
-)
-OWN += ("suspects.parquet", "audit.json", "pictures", "figures", "report.html", "sums")
+OWN: tuple[str, ...] = (QUERIES, CLASS_GAP, RIDGE, SCORES, ROWS, SUSPECTS, PICTURES)
+OWN += ("queries", "top", "scores.json", "audit.json", "figures", "report.html", "sums")
 """What scores or an audit write into their folder, besides what a journal does."""
 
 
@@ -281,18 +275,18 @@ def _refuse_unfinished(url: str, document: dict[str, Any], config: Config, neede
 
 def _refuse_unfit(config: Config, by: str, request: ScoreConfig | None) -> None:
     """Refuse what the run's features do not allow."""
-    labels = config.scores.labels
     if by == "ridge" and config.linear.num_stacked is not None:
         raise RequestError(
             "linear.view_mode stack: the views of a sample are rows of their own, and leaving out one of them is not "
             "leaving out the sample. Run with linear.view_mode: average."
         )
-    if by == "influence" and labels not in ("all", "true"):
+    if by == "influence" and not has_label_scores(config):
         raise RequestError(
-            f"the influence on the network takes the scores of known classes, and this run's are of {labels} labels. "
+            "the influence on the network takes the scores of known classes, and this run's are of "
+            f"{config.scores.labels} labels. "
             "Ask for by: kernel, or run with scores.labels: all."
         )
-    if by == "influence" and labels == "true" and request is not None and request.target == "taken":
+    if by == "influence" and config.scores.labels == "true" and request is not None and request.target == "taken":
         raise RequestError(
             "this run's features are of the true labels alone, so there are none of what a query is taken for. Ask for "
             "target: label, or run with scores.labels: all."

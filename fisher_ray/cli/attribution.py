@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from fisher_ray.cli.exits import error_exits
 from fisher_ray.cli.options import Address, Debug, Fresh, Json, Quiet
+from fisher_ray.cli.telling import tell_done, telling
 from fisher_ray.errors import RequestError
-
-if TYPE_CHECKING:
-    from fisher_ray.records import Progress
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A finished run's folder: local or s3://bucket/prefix.")
@@ -91,9 +87,9 @@ def score(
             "overrides": overrides or (),
             "fresh": fresh,
         }
-        with _shown(quiet, as_json, debug) as (progress, tell):
+        with telling(quiet, as_json, debug) as progress:
             found = attribution.score(run, _source(queries), **asked, progress=progress)
-            tell(found, lambda: pages.render_scores(found, by, found["class_names"]))
+        _tell(as_json, found, lambda: pages.render_scores(found, by, found["class_names"]))
 
 
 def audit(
@@ -115,42 +111,14 @@ def audit(
         from fisher_ray.report import attribution as pages
 
         given: dict[str, Any] = {"address": address, "overrides": overrides or (), "fresh": fresh}
-        with _shown(quiet, as_json, debug) as (progress, tell):
+        with telling(quiet, as_json, debug) as progress:
             found = attribution.audit(run, top=top, **given, progress=progress)
-            tell(found, lambda: pages.render_suspects(found, found["class_names"]))
+        _tell(as_json, found, lambda: pages.render_suspects(found, found["class_names"]))
 
 
-@contextmanager
-def _shown(
-    quiet: bool, as_json: bool, debug: bool
-) -> Iterator[tuple[Progress, Callable[[dict[str, Any], Callable[[], Any]], None]]]:
-    """Yield what hears the progress, and what tells of the result when it is there."""
-    from contextlib import nullcontext
-
-    from rich.console import Console
-
-    from fisher_ray.progress import JsonProgress, configure_logging, new_console, show_progress
-    from fisher_ray.records import SilentProgress
-
-    console, lines = new_console(), JsonProgress(sys.stdout)
-    configure_logging(console, debug)
-    ready: list[Callable[[], None]] = []
-
-    def tell(found: dict[str, Any], table: Callable[[], Any]) -> None:
-        def say() -> None:
-            if as_json:
-                lines.tell("done", place=found["place"], results=found)
-                return
-            Console().print(table())
-            typer.echo(f"report: {found['place']}/report.html")
-
-        ready.append(say)
-
-    shown = nullcontext(SilentProgress()) if quiet else nullcontext(lines) if as_json else show_progress(console)
-    with shown as progress:
-        yield progress, tell
-    for say in ready:
-        say()
+def _tell(as_json: bool, found: dict[str, Any], table: Callable[[], Any]) -> None:
+    place = found["place"] if as_json else f"{found['place']}/report.html"
+    tell_done(as_json, place, found, said="report", table=table)
 
 
 def _span(text: str | None) -> tuple[int, int] | None:

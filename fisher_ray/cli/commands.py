@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,11 +16,10 @@ from fisher_ray import __version__
 from fisher_ray.cli.attribution import audit, score
 from fisher_ray.cli.exits import error_exits
 from fisher_ray.cli.options import Address, Debug, Fresh, Json, Quiet
+from fisher_ray.cli.telling import tell_done, telling
 from fisher_ray.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fisher_ray import store
     from fisher_ray.config import Config
 
@@ -294,31 +292,23 @@ def _read(path: Path, overrides: list[str] | None, output: str | None) -> Config
 def _run(
     config: Config, until: Until, address: str | None, fresh: bool, debug: bool, quiet: bool, as_json: bool
 ) -> None:
-    from rich.console import Console
-
     from fisher_ray import pipeline, report
-    from fisher_ray.progress import JsonProgress, configure_logging, new_console, show_progress
-    from fisher_ray.records import SilentProgress
 
-    console, lines = new_console(), JsonProgress(sys.stdout)
-    configure_logging(console, debug)
-    warn_of_copy(console, config.output)
-    shown = nullcontext(SilentProgress()) if quiet else nullcontext(lines) if as_json else show_progress(console)
-    with shown as progress:
+    warn_of_copy(config.output)
+    with telling(quiet, as_json, debug) as progress:
         results = pipeline.run(config, address=address, fresh=fresh, until=until, progress=progress)
-    place = config.output.rstrip("/") + ("/report/report.html" if until in (None, "report") else "")
-    if as_json:
-        lines.tell("done", until=until or "report", place=place, results=results)
-        return
-    if until in (None, "report"):
-        Console().print(report.render_table(results))
-    typer.echo(f"{until or 'report'}: {place}")
+    said, ended = until or "report", until in (None, "report")
+    place = config.output.rstrip("/") + ("/report/report.html" if ended else "")
+    table = partial(report.render_table, results) if ended else None
+    tell_done(as_json, place, results, said=said, table=table, until=said)
 
 
-def warn_of_copy(console: Console, output: str) -> None:
+def warn_of_copy(output: str) -> None:
     """Say so if what is written to ``output`` would go with the job."""
+    from fisher_ray.progress import new_console
+
     if _JOB_FOLDER in os.getcwd() and not output.startswith("/") and "://" not in output:
-        console.print(
+        new_console().print(
             f"note: output {output!r} is relative, and a job's working directory is a copy that Ray removes some time "
             "after the job. To keep the run folder, give --output an absolute path or an s3:// URL.",
             soft_wrap=True,

@@ -51,9 +51,9 @@ def _compare(
         from fisher_ray.storage import Storage
 
         experiment = Experiment.from_yaml(config)
-        experiment, console = experiment.model_copy(update={"output": output or experiment.output}), new_console()
-        configure_logging(console, debug)
-        warn_of_copy(console, experiment.output)
+        experiment = experiment.model_copy(update={"output": output or experiment.output})
+        configure_logging(new_console(), debug)
+        warn_of_copy(experiment.output)
         experiment = experiment.located()
         progress = SilentProgress() if quiet else None
         planned, told = experiment.chosen(only or []), partial(typer.echo, err=True)

@@ -197,8 +197,7 @@ class AttributionStages(GramStages):
         return self._solo("pictures", listing.draw_shown, shown=shown, folder=self._folder)
 
     def _audit_rows(self, units: list[Unit]) -> dict[str, Any]:
-        has_scores = self._config.scores.labels in ("all", "true")
-        spec = audit.audit_spec(self._train_store, self._config.runtime.unit_rows, {}, has_scores)
+        spec = audit.audit_spec(self._train_store, self._config)
         temperature = self._journal.result("ridge")["temperature"]
         task = partial(audit.audit_rows, folder=self._folder, temperature=temperature)
         return self._write_units("rows", "shallow", audit.ROWS, spec, units, task, None)

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisher_ray.config import Config
 from fisher_ray.linear import RidgeSystem
 from fisher_ray.records import Receipt, Unit
+from fisher_ray.stages.attribution.best import Arrays
 from fisher_ray.stages.attribution.listing import to_parquet
 from fisher_ray.stages.attribution.ridge import RIDGE, load_ridge, row_weights
-from fisher_ray.stages.attribution.search import stored_rows
-from fisher_ray.stages.attribution.vectors import label_scores
+from fisher_ray.stages.attribution.search import num_features, stored_rows, write_rows
+from fisher_ray.stages.attribution.vectors import has_label_scores, label_scores
 from fisher_ray.stages.tasks import UnitLog
 from fisher_ray.stages.workbench import Workbench
 from fisher_ray.store import ArraySpec, FeatureStore, StoreSpec, open_features
@@ -38,40 +40,31 @@ score of the label less the best other one's, and the label's probability; its l
 ``−log p`` of the label, and the self-influence ``sᵀ (F + δ)⁻¹ s / N`` of the label's score."""
 
 
-def audit_spec(store: FeatureStore, unit_rows: int, attributes: dict[str, Any], has_scores: bool) -> StoreSpec:
+def audit_spec(store: FeatureStore, config: Config) -> StoreSpec:
     """Describe the store of all rows, whose chunks are those of the training rows ``store``.
 
     Args:
         store: of the training features.
-        unit_rows: of the run.
-        attributes: JSON values.
-        has_scores: whether the features are of known classes, so that there is a self-influence.
+        config: of the run; without features of known classes there is no self-influence.
     """
-    names = [name for name in COLUMNS if has_scores or name != "self_influence"]
+    names = [name for name in COLUMNS if has_label_scores(config) or name != "self_influence"]
     arrays = {name: ArraySpec((), COLUMNS[name], ("sample",)) for name in names}
-    return StoreSpec(store.num_rows, unit_rows, store.chunk_rows, "none", arrays, attributes)
+    return StoreSpec(store.num_rows, config.runtime.unit_rows, store.chunk_rows, "none", arrays, {})
 
 
 def audit_rows(bench: Workbench, unit: Unit, attempt: int, *, folder: str, temperature: float) -> tuple[Receipt, None]:
     """Write a unit of the audit's :data:`ROWS`."""
-    log, writer = UnitLog(), bench.store_writer(f"{folder}/{ROWS}")
-    parts: list[dict[str, np.ndarray]] = []
+    log, parts = UnitLog(), list[Arrays]()
     with stored_rows(bench, bench.train_store, "ridge", unit, log) as blocks:
         system = bench.keep("ridge", f"{folder}/{RIDGE}", load_ridge)
         for block in blocks:
             for rows in torch.split(torch.arange(len(block["labels"])), SOLVED_ROWS):
                 part = {name: value[rows] for name, value in block.items()}
-                parts.append(_judged(bench, system, part, temperature, "self_influence" in writer.layouts))
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else writer.no_rows()
-    gone = {*range(unit.start, unit.stop)}.difference(joined["index"].tolist())
-    reasons = dict.fromkeys(gone, "skipped in the features")
-    num_bytes = writer.write_unit(unit, joined, attempt=attempt, skipped=reasons)
-    return log.receipt(unit, attempt, num_bytes), None
+                parts.append(_judged(bench, system, part, temperature))
+    return log.receipt(unit, attempt, write_rows(bench, unit, attempt, f"{folder}/{ROWS}", parts)), None
 
 
-def _judged(
-    bench: Workbench, system: RidgeSystem, block: dict[str, Tensor], temperature: float, has_scores: bool
-) -> dict[str, np.ndarray]:
+def _judged(bench: Workbench, system: RidgeSystem, block: dict[str, Tensor], temperature: float) -> Arrays:
     labels, z = block["labels"].long(), system.standardised(block["x"])
     weights = row_weights(bench, labels)
     left_out, leverage = system.leave_one_out(z, labels, weights)
@@ -86,9 +79,8 @@ def _judged(
         "leverage": leverage,
         "loss": torch.nn.functional.cross_entropy(block["logits"].double(), labels, reduction="none"),
     }
-    if has_scores:
-        num_features = bench.metric.rank * (bench.facts.num_classes if bench.config.scores.labels == "all" else 1)
-        features = block["x"][:, :num_features]
+    if has_label_scores(bench.config):
+        features = block["x"][:, : num_features(bench.train_store)]
         scores = label_scores(features, block["logits"], labels, bench.config.scores.labels).double()
         found["self_influence"] = scores.square().sum(1) / bench.train_store.num_rows
     return {name: value.numpy().astype(COLUMNS[name]) for name, value in found.items()}

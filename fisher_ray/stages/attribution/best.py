@@ -11,8 +11,7 @@ from torch import Tensor
 Arrays = dict[str, np.ndarray]
 
 ENDS = {"highest": -1.0, "lowest": 1.0}
-"""The ends, and what values are multiplied by to be sorted."""
-_EMPTY = {"highest": -math.inf, "lowest": math.inf}
+"""The ends, and what values are multiplied by to be sorted, the best first; so times infinity, what loses to all."""
 
 
 class Best:
@@ -29,8 +28,8 @@ class Best:
         """See the class."""
         self._top = top
         self._arrays: Arrays = {}
-        for end, value in _EMPTY.items():
-            self._arrays[f"{end}-scores"] = np.full((num_queries, top), value, np.float32)
+        for end, sign in ENDS.items():
+            self._arrays[f"{end}-scores"] = np.full((num_queries, top), sign * math.inf, np.float32)
             self._arrays[f"{end}-rows"] = np.full((num_queries, top), -1, np.int64)
             self._arrays[f"{end}-labels"] = np.full((num_queries, top), -1, np.int64)
 
@@ -43,7 +42,8 @@ class Best:
             labels: int64.
             left_out: which are not meant, bool ``(Q, B)``.
         """
-        for end, value in _EMPTY.items():
+        for end, sign in ENDS.items():
+            value = sign * math.inf
             meant = scores if left_out is None else scores.masked_fill(left_out, value)
             values, places = _top(meant, min(self._top, len(rows)), end == "highest")
             kept = values != value

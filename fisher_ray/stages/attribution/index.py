@@ -88,7 +88,7 @@ def fill_index(bench: Workbench, unit: Unit, attempt: int, *, by: By, folder: st
     """Write the part of an index that has a unit's training rows."""
     faiss, log = load_faiss(), UnitLog()
     with stored_rows(bench, bench.train_store, by, unit, log) as blocks:
-        index = _read(faiss, bench.storage.read_bytes(f"{folder}/{TRAINED}"))
+        index = _read(faiss, f"{folder}/{TRAINED}", bench.storage.read_bytes(f"{folder}/{TRAINED}"))
         for block in blocks:
             rows = vectors(bench, by, block, block["labels"], folder)
             try:
@@ -130,16 +130,18 @@ def search_index(
     """
     faiss, log, asked = load_faiss(), UnitLog(), Asked(request, folder, start, stop)
     config, began = asked.config, time.monotonic()
-    raw = bench.storage.read_bytes(f"{index}/{part_name(unit.index)}")
+    name = f"{index}/{part_name(unit.index)}"
+    raw = bench.storage.read_bytes(name)
     kept = bench.train_store.read_kept(["index", "labels"], unit.start, unit.stop)
     rows, labels = torch.from_numpy(kept["index"]), torch.from_numpy(kept["labels"])
     log.seconds["read"] = time.monotonic() - began
     with bench.turn:
         began = time.monotonic()
         queries = bench.keep("queries", f"{folder}/[{start}, {stop})", lambda _: read_vectors(bench, asked))
-        part = _read(faiss, raw)
+        part = _read(faiss, name, raw)
         if part.ntotal != len(rows):
-            raise DataError(f"{index} has {part.ntotal} rows of unit {unit.index}, the store {len(rows)}: remove it.")
+            what = f"{name} has {part.ntotal} rows of unit {unit.index}, the features {len(rows)}"
+            raise DataError(f"{what}. Remove {index}; it is made anew.")
         if config.index_parameters is not None:
             try:
                 faiss.ParameterSpace().set_index_parameters(part, config.index_parameters)
@@ -155,8 +157,12 @@ def search_index(
     return log.receipt(unit, attempt), best.to_arrays()
 
 
-def _read(faiss: Any, raw: bytes) -> Any:
-    return faiss.deserialize_index(np.frombuffer(raw, np.uint8))
+def _read(faiss: Any, name: str, raw: bytes) -> Any:
+    try:
+        return faiss.deserialize_index(np.frombuffer(raw, np.uint8))
+    except RuntimeError as error:
+        what = f"{name} is damaged: {_reason(error)}"
+        raise DataError(f"{what}. Remove {name.rpartition('/')[0]}; it is made anew.") from None
 
 
 def _reason(error: RuntimeError) -> str:

@@ -191,14 +191,13 @@ def search_rows(
 
     Returns:
         The arrays of :class:`Best`, ``moments`` of :class:`NormMoments`, and of cosines ``pairs``: see
-        :func:`count_cosines`. With ``full``, the unit of
-        :data:`SCORES` is written, too.
+        :func:`count_cosines`. With ``full``, the unit of :data:`SCORES` is written, too.
 
     Raises:
         DataError: if a score is NaN or infinite.
     """
     asked, log = Asked(request, folder, start, stop), UnitLog()
-    config, kept, pairs = asked.config, list[tuple[Tensor, Tensor]](), np.zeros((2, NUM_BINS), np.int64)
+    config, parts, pairs = asked.config, list[Arrays](), np.zeros((2, NUM_BINS), np.int64)
     store = bench.train_store
     with stored_rows(bench, store, config.by, unit, log) as blocks:
         queries = bench.keep("queries", f"{folder}/[{start}, {stop})", lambda _: read_queries(bench, asked))
@@ -212,10 +211,10 @@ def search_rows(
             if config.by in COSINES:
                 pairs += count_cosines(scores, labels == queries.labels[:, None], same)
             if config.full:
-                kept.append((rows, scores.mT))
+                parts.append({"index": rows.numpy(), "scores": scores.mT.numpy()})
     arrays = best.to_arrays() | {"moments": moments.to_array()} | ({"pairs": pairs} if config.by in COSINES else {})
     written = not config.full or bench.storage.exists(f"{folder}/{SCORES}/{SEAL}")  # of a stage that is run again
-    num_bytes = 0 if written else _write_scores(bench, unit, attempt, f"{folder}/{SCORES}", kept)
+    num_bytes = 0 if written else write_rows(bench, unit, attempt, f"{folder}/{SCORES}", parts)
     return log.receipt(unit, attempt, num_bytes), arrays
 
 
@@ -229,15 +228,16 @@ def refuse_infinite(scores: Tensor) -> None:
         raise DataError("a score is NaN or infinite: verify the feature stores, or store features as float32")
 
 
-def _write_scores(bench: Workbench, unit: Unit, attempt: int, place: str, kept: list[tuple[Tensor, Tensor]]) -> int:
-    writer = bench.store_writer(place)
-    if not kept:
-        reasons = dict.fromkeys(range(unit.start, unit.stop), "skipped in the features")
-        return writer.write_unit(unit, writer.no_rows(), attempt=attempt, skipped=reasons)
-    rows = torch.cat([rows for rows, _ in kept]).numpy()
-    gone = {*range(unit.start, unit.stop)}.difference(rows.tolist())
-    arrays = {"index": rows, "scores": torch.cat([scores for _, scores in kept]).numpy()}
-    return writer.write_unit(unit, arrays, attempt=attempt, skipped=dict.fromkeys(gone, "skipped in the features"))
+def write_rows(bench: Workbench, unit: Unit, attempt: int, place: str, parts: list[Arrays]) -> int:
+    """Write what was found of a unit's training rows, block by block; those skipped in the features are so here.
+
+    Returns:
+        The bytes written.
+    """
+    writer, skipped = bench.store_writer(place), bench.train_store.skipped
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else writer.no_rows()
+    reasons = {row: skipped[row] for row in range(unit.start, unit.stop) if row in skipped}
+    return writer.write_unit(unit, arrays, attempt=attempt, skipped=reasons)
 
 
 def merge_found(bench: Workbench, left: Arrays, right: Arrays) -> Arrays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisher_ray.config import By
+from fisher_ray.config import By, Config
 from fisher_ray.metric import SparseMetric
 from fisher_ray.stages.passes import mean_views
 from fisher_ray.stages.workbench import Workbench
@@ -47,6 +47,11 @@ def unit_length(x: Tensor) -> Tensor:
     return x / lengths.clamp_min(torch.finfo(x.dtype).tiny)
 
 
+def has_label_scores(config: Config) -> bool:
+    """Return whether a run's features are of known classes, so that :func:`label_scores` can be had of them."""
+    return config.scores.labels in ("all", "true")
+
+
 def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Tensor:
     """Return the whitened score of one class of each sample, ``(Λ + δ)^(−½) Uᵀ s_c``.
 
@@ -61,7 +66,6 @@ def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Ten
 
     Returns:
         ``(B, R)``, in the dtype of ``x``.
-
     """
     if labels == "true":
         return x

@@ -25,15 +25,15 @@ from tests.stages.attribution.asking import (
     stored,
     train_units,
 )
-from tests.stages.small_runs import NUM_CLASSES
+from tests.stages.small_runs import NUM_CLASSES, small_config
 
 TEMPERATURE = 0.4
 
 
 def audited(bench, folder=FOLDER):
     """Write the audit's rows, and return them."""
-    url, has_scores = bench.url(f"{folder}/{audit.ROWS}"), bench.config.scores.labels in ("all", "true")
-    create_store(url, audit.audit_spec(bench.train_store, bench.config.runtime.unit_rows, {}, has_scores))
+    url = bench.url(f"{folder}/{audit.ROWS}")
+    create_store(url, audit.audit_spec(bench.train_store, bench.config))
     for unit in train_units(bench):
         receipt, nothing = audit.audit_rows(bench, unit, 1, folder=folder, temperature=TEMPERATURE)
         assert nothing is None
@@ -131,7 +131,7 @@ def test_rows_that_the_features_skip_are_skipped(tmp_path):
     fit_system(bench)
     store = audited(bench)
     assert sorted(store.skipped) == [*gone]
-    assert set(store.skipped.values()) == {"skipped in the features"}
+    assert store.skipped == bench.train_store.skipped
     found = read(store)
     assert found["index"].tolist() == [row for row in range(70) if row not in gone]
     assert_judged_by_refits(found, bench, Refits(bench))
@@ -164,7 +164,8 @@ def handwritten(folder, probabilities, chunk_rows=4):
     bench = SimpleNamespace(url=lambda name: f"{folder}/{name}", storage=Storage(str(folder)))
     train = SimpleNamespace(num_rows=len(probabilities), chunk_rows=chunk_rows)
     url = bench.url(f"audit/{audit.ROWS}")
-    create_store(url, audit.audit_spec(train, chunk_rows, {}, True))
+    config = small_config(folder, runtime={"unit_rows": chunk_rows}, store={"chunk_rows": chunk_rows})
+    create_store(url, audit.audit_spec(train, config))
     units = plan_units(len(probabilities), chunk_rows)
     for unit in units:
         index = np.arange(unit.start, unit.stop)

@@ -83,7 +83,15 @@ def test_a_part_of_other_rows_is_refused(bench):
     folder = made(bench, "kernel")
     first, second = (f"{folder}/{index.part_name(unit)}" for unit in (0, 1))
     bench.storage.write_bytes(first, bench.storage.read_bytes(second))
-    with pytest.raises(DataError, match="has 0 rows of unit 0, the store 15"):
+    with pytest.raises(DataError, match="has 0 rows of unit 0, the features 15"):
+        looked_up(bench, folder, by="kernel")
+
+
+def test_a_damaged_part_is_told_by_its_name(bench):
+    folder = made(bench, "kernel", "IVF3,Flat")
+    name = f"{folder}/{index.part_name(0)}"
+    bench.storage.write_bytes(name, bench.storage.read_bytes(name)[:40])
+    with pytest.raises(DataError, match=f"{name} is damaged: .*Remove {folder}; it is made anew"):
         looked_up(bench, folder, by="kernel")
 
 
