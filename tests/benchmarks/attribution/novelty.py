@@ -3,10 +3,10 @@
     python -m tests.benchmarks.attribution.novelty RUN [--rows 2000]
 
 RUN is a finished run on CIFAR-10. Its test pictures are mixed with ones of another kind: handwritten digits of
-scikit-learn, enlarged to the same size; noise, fine and coarse; the test pictures themselves with shuffled pixels; parts
-of two photographs of scikit-learn. The area under the ROC curve is printed of telling the kinds apart, for ``novelty``, for
-``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` (``norm``), for one less the largest softmax probability (Hendrycks & Gimpel, 2017), and
-for the largest cosine to any training sample (one less it). Nothing is fitted to either kind.
+scikit-learn, enlarged to the same size; noise, fine and coarse; the test pictures themselves with shuffled pixels;
+parts of two photographs of scikit-learn. The area under the ROC curve is printed of telling the kinds apart, for
+``novelty``, for ``Σ_c p_c s_cᵀ (F + δ)⁻¹ s_c`` (``norm``), for one less the largest softmax probability (Hendrycks &
+Gimpel, 2017), and for the largest cosine to any training sample (one less it). Nothing is fitted to either kind.
 """
 
 from __future__ import annotations
