@@ -50,7 +50,7 @@ class Recurrent(nn.Module):
 
 
 def integers(array: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.zeros(3, dtype=torch.int64)
+    return torch.zeros(3, dtype=torch.int32)
 
 
 def broken(array: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
@@ -142,7 +142,7 @@ def folder(tmp_path_factory):
         ("run good.yaml --set base=null --set model.checkpoint=junk.pt", 2, "junk.pt cannot be read"),
         ("run good.yaml --set base=null --set model.checkpoint=junk.safetensors", 2, "cannot be read"),
         ("run good.yaml --set model.checkpoint=other.pt", 2, "and only one of them"),
-        (f"run good.yaml --set data.transform={HERE}:integers", 2, "data.transform returned a tensor of torch.int64"),
+        (f"run good.yaml --set data.transform={HERE}:integers", 2, "data.transform returned a tensor of torch.int32"),
         (f"run good.yaml --set data.transform={HERE}:broken", 3, "data.transform failed: KeyError"),
         ("run good.yaml --set linear.views=2", 2, "Set linear.views: 1"),
         ("run good.yaml --set linear.class_weights={7:|2}", 2, "class 7 the weight 2.0. Classes are 0 to 2"),

@@ -75,7 +75,8 @@ class DataConfig(Section):
     """Rows that every model is compared on."""
     transform: str | None = None
     """``module:function`` called as ``transform(image, generator)`` with a PIL image, or an array from array sources;
-    the generator is null but where a network is trained. It returns a float tensor."""
+    the generator is null but where a network is trained. It returns a float tensor, or one of int64 for a
+    network that takes tokens."""
 
 
 class ModelConfig(Section):

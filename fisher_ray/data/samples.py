@@ -99,10 +99,10 @@ class Assembler:
         if transform is None:
             return self._source.plain(decoded)
         x = transform(decoded, generator)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.int64):
             given = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ConfigError(f"data.transform returned {given}. Return a floating-point torch.Tensor.")
-        return x.detach().float()
+            raise ConfigError(f"data.transform returned {given}. Return a torch.Tensor of floats, or int64 of tokens.")
+        return x.detach() if x.dtype == torch.int64 else x.detach().float()
 
     def _finite(self, batch: Batch, skipped: dict[int, str]) -> Batch | None:
         finite = torch.isfinite(batch.inputs)

@@ -328,20 +328,21 @@ def _gradnet_shapes(
 
 
 def _try_network(engine: ScoreEngine, inputs: torch.Tensor) -> tuple[int, int | None]:
-    with _naming_shape(tuple(inputs.shape[1:])):
+    with _naming_shape(inputs):
         scores = engine.all_classes(inputs)
     return scores.logits.shape[1], None if scores.hidden is None else scores.hidden.shape[1]
 
 
 @contextmanager
-def _naming_shape(shape: tuple[int, ...]) -> Iterator[None]:
+def _naming_shape(inputs: torch.Tensor) -> Iterator[None]:
     try:
         yield
     except FisherRayError:
         raise
     except Exception as error:
         raise ModelError(
-            f"the network fails on samples of shape {shape}: {type(error).__name__}: {error}. "
+            f"the network fails on samples of shape {tuple(inputs.shape[1:])} and type "
+            f"{str(inputs.dtype).removeprefix('torch.')}: {type(error).__name__}: {error}. "
             "Check data.transform against the network's input."
         ) from error
 
@@ -355,7 +356,7 @@ def _first_rows(source: Source, shape: tuple[int, ...]) -> Iterator[Batch]:
 def _refuse_dependent_rows(engine: ScoreEngine, inputs: torch.Tensor) -> None:
     """Refuse a network that puts itself into train mode, or calls dropout or batch statistics as functions."""
     first = inputs[:1]
-    with _naming_shape(tuple(first.shape[1:])):
+    with _naming_shape(first):
         alone = engine.output(first)
         together = engine.output(torch.cat([*[first] * NUM_TRIED, inputs]))[:NUM_TRIED]
     tolerance = engine.precision.tolerance * float(alone.nan_to_num().abs().max())

@@ -65,7 +65,7 @@ def scribbling(image: Image.Image, generator: torch.Generator | None) -> torch.T
 
 
 def integers(image: Any, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.zeros(3, dtype=torch.int64)
+    return torch.zeros(3, dtype=torch.int32)
 
 
 def failing(image: Any, generator: torch.Generator | None) -> torch.Tensor:

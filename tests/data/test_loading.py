@@ -118,7 +118,7 @@ def test_the_check_passes_over_bad_rows_when_they_may_be_left_out(tmp_path):
 def test_a_transform_that_returns_integers_is_a_wrong_request_even_under_skip(tmp_path):
     write_numbered(tmp_path)
     source = open_parquet(tmp_path, transform="tests.data.files:integers")
-    with pytest.raises(ConfigError, match=r"data.transform returned a tensor of torch.int64"):
+    with pytest.raises(ConfigError, match=r"data.transform returned a tensor of torch.int32"):
         check_source(source, 5, on_error="skip")
 
 

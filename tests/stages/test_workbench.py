@@ -108,7 +108,7 @@ def user_code(tmp_path, monkeypatch):
         (
             ["model.factory=user_code:Broken"],
             ModelError,
-            r"fails on samples of shape \(1, 8, 8\): AttributeError.*missing",
+            r"fails on samples of shape \(1, 8, 8\) and type float32: AttributeError.*missing",
         ),
         (["model.factory=user_code:Positions"], ModelError, r"output is \(\d, 1, 10\), not logits of shape \(B, C\)"),
         (["scores.parameters=head.*"], ModelError, r"no parameter of the network matches scores.parameters 'head"),

@@ -38,26 +38,30 @@ class Workload:
 
 
 class Attention(nn.Module):
-    """Causal self-attention of four heads out of two linear layers."""
+    """Self-attention out of two linear layers, of one operation if ``fused``."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
         super().__init__()
+        self.heads, self.fused = heads, fused
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
-        mixed = (q @ k.transpose(-1, -2) / (width // 4) ** 0.5).softmax(-1) @ v
+        q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = (q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5).softmax(-1) @ v
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
 class Layer(nn.Module):
     """One layer of a transformer."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int, fused: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width)
+        self.attention = Attention(width, heads, fused)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,17 +70,30 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Four layers on tokens, and classes of the mean."""
+    """Layers on tokens, and classes of the mean."""
 
-    def __init__(self, width: int = 256, num_tokens: int = 2048, length: int = 64) -> None:
+    def __init__(
+        self,
+        width: int = 256,
+        num_tokens: int = 2048,
+        length: int = 64,
+        layers: int = 4,
+        heads: int = 4,
+        fused: bool = False,
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(num_tokens, width), nn.Embedding(length, width)
-        self.layers = nn.Sequential(*(Layer(width) for _ in range(4)))
+        self.layers = nn.Sequential(*(Layer(width, heads, fused) for _ in range(layers)))
         self.head = nn.Linear(width, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.head(self.layers(self.tokens(tokens) + self.positions(places)).mean(1))
+
+
+def gpt2_small(length: int = 512) -> nn.Module:
+    """A network of the shape of GPT-2's smallest, of 124 million parameters, and classes of the mean."""
+    return Transformer(768, 50_257, length, layers=12, heads=12, fused=True)
 
 
 class Residual(nn.Module):
