@@ -110,7 +110,7 @@ class _Blind(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what waits for the GPU, in this thread alone, before a recording that it would break."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(tag in func.tags for tag in _LOOKING):
+        if any(tag in func.tags for tag in _LOOKING) and not _takes_places(func, args):
             raise _LookedError(f"{func} looks at numbers")
         found = func(*args, **(kwargs or {}))
         copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -118,6 +118,13 @@ class _Blind(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if len({tensor.device.type for tensor in tensors if copies or tensor.ndim}) > 1:
             raise _LookedError(f"{func} copies between the GPU and the host")
         return found
+
+
+def _takes_places(func: Any, args: Any) -> bool:
+    """Whether it indexes by numbers of places, whose result has the same size whatever they are, and not by masks."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(place is None or place.dtype in (torch.int32, torch.int64) for place in args[1])
 
 
 def _looks(function: Callable[..., Made], inputs: tuple[Tensor, ...]) -> str:

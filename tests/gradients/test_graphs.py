@@ -6,18 +6,27 @@ from torch import nn
 
 from fisher_ray.gradients import Compressor, GradientBuffer, GradientSketch, ScoreEngine, random_bases
 from fisher_ray.gradients.graphs import Graphs, _looks
+from fisher_ray.metric import choose_bases
 from fisher_ray.models import paper_cnn
 from fisher_ray.records import Batch
-from fisher_ray.stages.passes import compressed_scores
+from fisher_ray.stages.passes import compressed_scores, kronecker_pass
 from tests.gradients.zoo import build
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 FORMS = ["conv2d, grouped, dilated", "conv2d, depthwise", "language model, tied", "transformer encoder"]
 
 
-def compressing(model, graph_batch=None):
+KINDS = ["random", "kronecker"]
+
+
+def compressing(model, graph_batch=None, kind="random"):
     engine = ScoreEngine(model, graph_batch=graph_batch)
-    return engine, Compressor(random_bases(engine.blocks, 8, 0), engine.blocks, engine.like)
+    if kind == "random":
+        return engine, Compressor(random_bases(engine.blocks, 8, 0), engine.blocks, engine.like)
+    inputs = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0)).to(engine.like)
+    batch = Batch(inputs, torch.zeros(8, dtype=torch.int64), torch.arange(8))
+    moments = kronecker_pass(engine, engine.block_shapes, [batch], "all", 0)
+    return engine, Compressor(choose_bases(moments, engine.block_shapes, 64), engine.blocks, engine.like)
 
 
 def features(engine, compressor, inputs):
@@ -33,9 +42,10 @@ def test_on_a_processor_nothing_is_recorded():
     assert len(calls) == 3
 
 
-def test_scores_are_compressed_without_looking_at_a_number():
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_compressed_without_looking_at_a_number(kind):
     """Which would wait for a GPU, and could not be recorded there."""
-    engine, compressor = compressing(paper_cnn())
+    engine, compressor = compressing(paper_cnn(), kind=kind)
     inputs = torch.randn(4, 3, 24, 24)
     features(engine, compressor, inputs)
     assert _looks(lambda x: features(engine, compressor, x), (inputs,)) == ""
@@ -63,6 +73,10 @@ def test_what_waits_for_numbers_or_copies_is_found(look):
     assert "looks at numbers" in found or "copies between" in found
 
 
+def test_places_that_are_numbered_are_no_look():
+    assert _looks(lambda x: (x[torch.tensor([0, 2])], x[None][:, torch.tensor([1])]), (torch.ones(4),)) == ""
+
+
 def test_an_error_of_the_function_s_own_is_no_look():
     with pytest.raises(ZeroDivisionError):
         _looks(lambda x: 1 // 0, (torch.ones(4),))
@@ -85,10 +99,11 @@ def test_a_graph_outlives_batches_of_other_sizes():
 
 
 @pytest.mark.gpu
-def test_what_is_replayed_is_what_is_computed_step_by_step():
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_replayed_is_what_is_computed_step_by_step(kind):
     torch.manual_seed(0)
     model = paper_cnn().double().cuda()
-    plain, recorded, before = compressing(model), compressing(model, 16), 0
+    plain, recorded, before = compressing(model, kind=kind), compressing(model, 16, kind), 0
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     for number in range(3):
