@@ -210,8 +210,8 @@ class _Job:
         needed += ["features/test"] if request is not None and request.queries == "test" else []
         needed += ["linear"] if request is None or request.by == "ridge" else []
         _refuse_unfinished(self._url, document, config, needed)
-        _refuse_unfit(config, "ridge" if request is None else request.by, request)
         facts, own_classes = inspect_request(config), None
+        _refuse_unfit(config, facts, "ridge" if request is None else request.by, request)
         _refuse_others(self._url, document, facts)
         if request is not None and not isinstance(request.queries, str):
             require_network(Storage(self._url), document["stages"]["base"]["result"]["fingerprint"])
@@ -273,18 +273,19 @@ def _refuse_unfinished(url: str, document: dict[str, Any], config: Config, neede
             raise RequestError(f"{url} has no finished stage {name!r}, which this needs. Run it again; it goes on.")
 
 
-def _refuse_unfit(config: Config, by: str, request: ScoreConfig | None) -> None:
+def _refuse_unfit(config: Config, facts: Facts, by: str, request: ScoreConfig | None) -> None:
     """Refuse what the run's features do not allow."""
     if by == "ridge" and config.linear.num_stacked is not None:
         raise RequestError(
             "linear.view_mode stack: the views of a sample are rows of their own, and leaving out one of them is not "
             "leaving out the sample. Run with linear.view_mode: average."
         )
-    if by == "influence" and not has_label_scores(config):
+    if by == "influence" and not has_label_scores(config, facts.num_classes):
+        labels, buckets = config.scores.labels, config.scores.class_buckets
+        what = f"of {labels} labels" if buckets is None else f"of {buckets} buckets of classes"
         raise RequestError(
-            "the influence on the network takes the scores of known classes, and this run's are of "
-            f"{config.scores.labels} labels. "
-            "Ask for by: kernel, or run with scores.labels: all."
+            f"the influence on the network takes the scores of known classes, and this run's are {what}. "
+            "Ask for by: kernel, or run with scores: {labels: all, class_buckets: null}."
         )
     if by == "influence" and config.scores.labels == "true" and request is not None and request.target == "taken":
         raise RequestError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fisher_ray.classifier.batches import MICRO_BATCH, as_batch, to_like
 from fisher_ray.errors import RequestError
-from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of, precision_of
+from fisher_ray.gradients import Compressor, ScoreEngine, bucketed, likelihood_of, precision_of
 from fisher_ray.metric import LowRankMetric
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import batch_features, compressed_scores, mean_views
@@ -44,9 +44,15 @@ class FeatureMap:
             )
         precision = precision_of(metric.attributes.get("precision", "float32"))
         parameters = metric.attributes.get("parameters", "*")
-        self._engine = ScoreEngine(model, parameters, likelihood_of(likelihood), precision)
+        self._buckets: tuple[int, int] | None = tuple(metric.attributes.get("class_buckets") or ()) or None
+        made = bucketed(likelihood_of(likelihood), self._buckets)
+        self._engine = ScoreEngine(model, parameters, made, precision)
         self._compressors: dict[tuple[torch.dtype, torch.device], Compressor] = {}
         self._compressor()  # refuses another network
+
+    def num_scores(self, num_classes: int) -> int:
+        """Return how many scores a sample of so many classes has: fewer with buckets."""
+        return num_classes if self._buckets is None else min(num_classes, self._buckets[0])
 
     def _compressor(self) -> Compressor:
         """Return what compresses where the network is now, made once and kept."""
@@ -61,7 +67,8 @@ class FeatureMap:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return features ``(B, C, R)``, logits ``(B, C)`` and the last hidden layer ``(B, H)`` or None.
 
-        Of stacked views, features are ``(B, V, C, R)`` and the last hidden layer ``(B, V, H)``.
+        Of buckets of classes there are as many features as :meth:`num_scores` says instead of ``C``. Of stacked views,
+        features are ``(B, V, C, R)`` and the last hidden layer ``(B, V, H)``.
 
         Args:
             inputs: ``(B, ...)``.

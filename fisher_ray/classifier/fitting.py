@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fisher_ray.classifier.batches import Data, batches, check_data, check_integers
 from fisher_ray.classifier.feature_map import CUSTOM, FeatureMap
-from fisher_ray.config import CompressionConfig, Kind, LinearConfig, MetricConfig
+from fisher_ray.config import CompressionConfig, Kind, LinearConfig, MetricConfig, ScoresConfig
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, RequestError
-from fisher_ray.gradients import Compressor, ScoreEngine, likelihood_of, precision_of
+from fisher_ray.gradients import Compressor, ScoreEngine, bucketed, likelihood_of, precision_of
 from fisher_ray.linear import (
     ClassWeights,
     GramSum,
@@ -68,6 +68,7 @@ def fit_metric(
     draws: int = 1,
     centered: bool = False,
     precision: Literal["float32", "bfloat16", "float16"] = "float32",
+    class_buckets: int | None = None,
     seed: int = 0,
 ) -> LowRankMetric:
     """Fit a low-rank Fisher metric of ``model`` on ``data``, in this process; ``data`` is read once or twice.
@@ -96,7 +97,9 @@ def fit_metric(
         centered: whether the mean score's outer product is subtracted.
         precision: of the network's forward and backward, here and where the metric is used; half precisions by
             autocast. Under ``float32`` a network keeps its own dtypes.
-        seed: of drawn labels, random compressions and sketches.
+        class_buckets: with more classes than this, so many buckets of them with random signs are taken in their place;
+            see :class:`fisher_ray.gradients.buckets.ClassBuckets`.
+        seed: of drawn labels, random compressions, sketches and buckets.
 
     Returns:
         The metric; fewer than ``R`` directions where the Fisher has fewer.
@@ -108,7 +111,10 @@ def fit_metric(
     """
     _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
     check_data(data)
-    engine = ScoreEngine(model, parameters, likelihood_of(likelihood), precision_of(precision))
+    scores = ScoresConfig.checked({"labels": labels, "class_buckets": class_buckets})
+    buckets = None if scores.class_buckets is None else (scores.class_buckets, seed)
+    made = bucketed(likelihood_of(likelihood), buckets)
+    engine = ScoreEngine(model, parameters, made, precision_of(precision))
     like, shapes = next(model.parameters()), engine.block_shapes
     compressing = CompressionConfig.checked({"kind": compression, "dim": dim, "layers": layers or {}, "share": share})
     of, rank = metric_labels or labels, plan_compression(compressing, shapes).dim if rank is None else rank
@@ -125,6 +131,7 @@ def fit_metric(
     attributes: dict[str, Any] = {"labels": labels, "metric_labels": of, "parameters": engine.selection}
     attributes |= {"estimator": estimator, "structure": structure, "precision": precision}
     attributes["likelihood"] = likelihood if isinstance(likelihood, str) else CUSTOM
+    attributes |= {} if buckets is None else {"class_buckets": [*buckets]}
     return LowRankMetric(bases, *sums.decompose(arrays), attributes)
 
 
@@ -187,8 +194,8 @@ def write_features(
     stacked = view_mode == "stack"
     mapping = FeatureMap(model, metric, views, stacked=stacked)
     sample, logits, hidden = mapping(inputs[:1])
-    num_classes, width = logits.shape[1], None if hidden is None else hidden.shape[-1]
-    sizes = (sample.shape[-1], num_classes, num_classes, width)
+    width = None if hidden is None else hidden.shape[-1]
+    sizes = (sample.shape[-1], sample.shape[-2], logits.shape[1], width)
     arrays = feature_arrays(*sizes, dtype, metric.feature_rms, views if stacked else None)
     attributes = {
         "views": "stacked" if stacked else views,

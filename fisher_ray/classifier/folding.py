@@ -48,18 +48,18 @@ class FoldedWeights:
             self._refuse(width)
         return self._metric.fold(weight.reshape(len(weight), num_classes, self._metric.rank)).flatten(1)
 
-    def finish(self, weighed: Tensor, num_classes: int, hidden: Tensor | None) -> Tensor:
+    def finish(self, weighed: Tensor, num_scores: int, hidden: Tensor | None) -> Tensor:
         """Return the outputs ``(B, O)``.
 
         Args:
             weighed: see :meth:`weigh`.
-            num_classes: ``C``.
+            num_scores: ``C``, or as many as there are buckets of classes.
             hidden: the last hidden layer, ``(B, H)``, or None.
 
         Raises:
             ModelError: as :meth:`weigh`.
         """
-        width = num_classes * self._metric.rank
+        width = num_scores * self._metric.rank
         others = self._weights.weight[:, width:].to(weighed)
         out = weighed + self._weights.bias.to(weighed)
         if not others.shape[1]:

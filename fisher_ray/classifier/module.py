@@ -87,7 +87,7 @@ class FisherClassifier(nn.Module):
             ModelError: if the linear model has other columns than the features.
         """
         weighed, logits, hidden = self._map(inputs, self._folded.weigh)
-        return self._folded.finish(weighed, logits.shape[1], hidden)
+        return self._folded.finish(weighed, self._map.num_scores(logits.shape[1]), hidden)
 
     def predict_proba(self, inputs: Tensor) -> Tensor:
         """Return probabilities ``(B, C)``: the softmax of the scores over the temperature fitted on held-out rows."""

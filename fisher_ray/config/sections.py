@@ -157,6 +157,22 @@ class ScoresConfig(Section):
     """Glob over the names of the network's parameters; frozen ones are left out in any case."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the network's forward and backward; weights, factors and all that is made of them are float32 in any case."""
+    class_buckets: Annotated[int, Field(ge=2)] | None = None
+    """With more classes than this, so many buckets of classes with random signs take their place, and a pass costs what
+    so many classes cost; features are of buckets then, and their dot products those of all classes but for an error
+    that is zero on average. 64 is a good number. Null: every class by itself. With ``labels: all``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoresConfig:
+        if self.class_buckets is not None and self.labels != "all":
+            raise ValueError("class_buckets are of all classes' scores. Set labels: all, or leave them out")
+        return self
+
+    def num_scores(self, num_classes: int) -> int:
+        """Return how many scores a sample has."""
+        if self.labels != "all":
+            return 1
+        return num_classes if self.class_buckets is None else min(num_classes, self.class_buckets)
 
 
 class LayerCompressionConfig(Section):

@@ -1,6 +1,7 @@
 """Per-sample gradients: capture of factors, per-layer formulas, scores, compression."""
 
 from fisher_ray.gradients.blocks import Block
+from fisher_ray.gradients.buckets import bucketed
 from fisher_ray.gradients.compression import Compressor, random_bases, random_basis
 from fisher_ray.gradients.exact import GradientBuffer
 from fisher_ray.gradients.factors import Factors
@@ -31,6 +32,7 @@ __all__ = [
     "ScoreEngine",
     "Scores",
     "Softmax",
+    "bucketed",
     "class_scores",
     "draw_labels",
     "form_gradients",

@@ -107,7 +107,7 @@ def _workers(units: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _num_features(config: Config, metric: Mapping[str, Any], num_classes: int, stages: Stages) -> int:
     if not metric:
         return int(stages["gradnet/entries"]["result"]["num_kept"])
-    return int(metric["rank"]) * (num_classes if config.scores.labels == "all" else 1)
+    return int(metric["rank"]) * config.scores.num_scores(num_classes)
 
 
 def _all_seconds(stages: Stages) -> dict[str, float]:

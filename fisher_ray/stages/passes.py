@@ -321,8 +321,8 @@ def feature_spec(
         feature_rms: the metric's, from which the scale of float16 follows.
         attributes: JSON values kept with the store.
     """
-    num_classes = facts.num_classes if config.scores.labels == "all" else None
-    sizes = (rank, num_classes, facts.num_classes, facts.hidden)
+    num_scores = config.scores.num_scores(facts.num_classes) if config.scores.labels == "all" else None
+    sizes = (rank, num_scores, facts.num_classes, facts.hidden)
     arrays = feature_arrays(*sizes, config.store.dtype, feature_rms, config.linear.num_stacked)
     rows, store = facts.num_rows[split], config.store
     unit_rows, shard_rows = config.runtime.unit_rows, store.shard_rows
@@ -342,7 +342,7 @@ def feature_arrays(
 
     Args:
         rank: ``R``.
-        num_scores: ``C`` for the features of all classes, None for those of one label a sample.
+        num_scores: ``C`` for the features of all classes, fewer of buckets, None for those of one label a sample.
         num_classes: ``C``.
         hidden: width of the last hidden layer, or None.
         dtype: of the features as stored; float16 is scaled.
@@ -356,7 +356,7 @@ def feature_arrays(
     tail: tuple[int, ...] = (rank,)
     dims: tuple[str, ...] = ("rank",)
     if num_scores is not None:
-        tail, dims = (num_scores, rank), ("class", "rank")
+        tail, dims = (num_scores, rank), ("class" if num_scores == num_classes else "bucket", "rank")
     arrays = {
         "features": ArraySpec((*views, *tail), dtype, (*head, *dims), scale),
         "labels": ArraySpec((), "int64", ("sample",)),

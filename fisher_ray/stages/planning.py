@@ -53,8 +53,8 @@ def linear_units(config: Config, facts: Facts, num_columns: int, part: str) -> l
 
 
 def num_features(config: Config, facts: Facts, rank: int) -> int:
-    """Return the features of one sample: ``C · R``, or ``R`` for one label a sample."""
-    return rank * (facts.num_classes if config.scores.labels == "all" else 1)
+    """Return the features of one sample: ``C · R``, fewer with buckets, or ``R`` for one label a sample."""
+    return rank * config.scores.num_scores(facts.num_classes)
 
 
 def num_columns(config: Config, facts: Facts, rank: int) -> int:
@@ -150,7 +150,7 @@ def _worker_bytes(config: Config, facts: Facts, features: int, columns: int) -> 
     dim, hidden = num_coordinates(config, facts), facts.hidden or 0
     width = sum_width(plan_compression(config.compression, facts.block_shapes), config.metric)
     factors = sum(outputs**2 + inputs**2 for outputs, inputs in facts.block_shapes.values())
-    scores = facts.num_classes if config.scores.labels == "all" else 1
+    scores = config.scores.num_scores(facts.num_classes)
     linear = 8 * 8 * columns**2  # sums: four in the object store, and four of its own, while it solves
     if config.linear.solver == "minibatch":
         read = 4 * max(STREAMED_ROWS, config.store.chunk_rows) * (config.linear.num_stacked or 1)

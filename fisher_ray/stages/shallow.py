@@ -191,7 +191,7 @@ def choose_penalty(bench: Workbench, fit: dict[str, np.ndarray]) -> dict[str, An
 def ridge_columns(bench: Workbench, rank: int | None, damping: float | None) -> Columns:
     """Return the columns of a rank and a damping that are tried; see :func:`fisher_ray.linear.feature_columns`."""
     metric, config, facts = bench.metric, bench.config, bench.facts
-    num_scores = facts.num_classes if config.scores.labels == "all" else 1
+    num_scores = config.scores.num_scores(facts.num_classes)
     num_hidden = (facts.hidden or 0) if config.linear.hidden else 0
     means = torch.cat([part.eigvals.mean().expand_as(part.eigvals) for part in metric.parts])
     return feature_columns(metric.eigvals, num_scores, num_hidden, rank, damping, means)

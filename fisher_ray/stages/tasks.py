@@ -175,6 +175,8 @@ def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) 
     attributes = {"fingerprints": fingerprints, "parameters": bench.engine.selection, **settings}
     attributes |= {"labels": config.scores.labels, "metric_labels": config.metric_labels}
     attributes["precision"] = config.scores.precision
+    if config.class_buckets is not None:
+        attributes["class_buckets"] = [*config.class_buckets]
     metric = LowRankMetric(bench.bases, parts, layers, attributes)
     metric.save(bench.url("metric.zarr"))
     return {

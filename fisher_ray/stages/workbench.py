@@ -18,7 +18,7 @@ from torch import nn
 from fisher_ray.config import Config, ScoreConfig
 from fisher_ray.data import Source, check_source, load_batches, open_source
 from fisher_ray.errors import ConfigError, FisherRayError, ModelError, StoreError
-from fisher_ray.gradients import Compressor, PercentileEntries, ScoreEngine, precision_of
+from fisher_ray.gradients import Compressor, PercentileEntries, ScoreEngine, Softmax, bucketed, precision_of
 from fisher_ray.linear import GradNet, weigh_classes
 from fisher_ray.metric import FisherSum, LowRankMetric, Normalisation, bases_from
 from fisher_ray.records import Batch, Compression
@@ -165,8 +165,8 @@ class Workbench:
 
 def score_engine(config: Config, model: nn.Module, graph_batch: int | None = None) -> ScoreEngine:
     """Return what computes the scores that a run asks for; ``graph_batch`` as of the engine."""
-    precision = precision_of(config.scores.precision)
-    return ScoreEngine(model, config.scores.parameters, precision=precision, graph_batch=graph_batch)
+    scores, likelihood = config.scores, bucketed(Softmax(), config.class_buckets)
+    return ScoreEngine(model, scores.parameters, likelihood, precision_of(scores.precision), graph_batch)
 
 
 def gradnet_engine(config: Config, model: nn.Module) -> ScoreEngine:

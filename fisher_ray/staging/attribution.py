@@ -197,7 +197,7 @@ class AttributionStages(GramStages):
         return self._solo("pictures", listing.draw_shown, shown=shown, folder=self._folder)
 
     def _audit_rows(self, units: list[Unit]) -> dict[str, Any]:
-        spec = audit.audit_spec(self._train_store, self._config)
+        spec = audit.audit_spec(self._train_store, self._config, self._facts.num_classes)
         temperature = self._journal.result("ridge")["temperature"]
         task = partial(audit.audit_rows, folder=self._folder, temperature=temperature)
         return self._write_units("rows", "shallow", audit.ROWS, spec, units, task, None)

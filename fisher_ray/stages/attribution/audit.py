@@ -40,14 +40,15 @@ score of the label less the best other one's, and the label's probability; its l
 ``−log p`` of the label, and the self-influence ``sᵀ (F + δ)⁻¹ s / N`` of the label's score."""
 
 
-def audit_spec(store: FeatureStore, config: Config) -> StoreSpec:
+def audit_spec(store: FeatureStore, config: Config, num_classes: int) -> StoreSpec:
     """Describe the store of all rows, whose chunks are those of the training rows ``store``.
 
     Args:
         store: of the training features.
         config: of the run; without features of known classes there is no self-influence.
+        num_classes: ``C``.
     """
-    names = [name for name in COLUMNS if has_label_scores(config) or name != "self_influence"]
+    names = [name for name in COLUMNS if has_label_scores(config, num_classes) or name != "self_influence"]
     arrays = {name: ArraySpec((), COLUMNS[name], ("sample",)) for name in names}
     return StoreSpec(store.num_rows, config.runtime.unit_rows, store.chunk_rows, "none", arrays, {})
 
@@ -79,7 +80,7 @@ def _judged(bench: Workbench, system: RidgeSystem, block: dict[str, Tensor], tem
         "leverage": leverage,
         "loss": torch.nn.functional.cross_entropy(block["logits"].double(), labels, reduction="none"),
     }
-    if has_label_scores(bench.config):
+    if has_label_scores(bench.config, bench.facts.num_classes):
         features = block["x"][:, : num_features(bench.train_store)]
         scores = label_scores(features, block["logits"], labels, bench.config.scores.labels).double()
         found["self_influence"] = scores.square().sum(1) / bench.train_store.num_rows

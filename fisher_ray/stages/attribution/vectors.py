@@ -47,9 +47,10 @@ def unit_length(x: Tensor) -> Tensor:
     return x / lengths.clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def has_label_scores(config: Config) -> bool:
+def has_label_scores(config: Config, num_classes: int) -> bool:
     """Return whether a run's features are of known classes, so that :func:`label_scores` can be had of them."""
-    return config.scores.labels in ("all", "true")
+    scores = config.scores
+    return scores.labels == "true" or (scores.labels == "all" and scores.num_scores(num_classes) == num_classes)
 
 
 def label_scores(x: Tensor, logits: Tensor, classes: Tensor, labels: str) -> Tensor:

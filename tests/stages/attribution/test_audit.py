@@ -33,7 +33,7 @@ TEMPERATURE = 0.4
 def audited(bench, folder=FOLDER):
     """Write the audit's rows, and return them."""
     url = bench.url(f"{folder}/{audit.ROWS}")
-    create_store(url, audit.audit_spec(bench.train_store, bench.config))
+    create_store(url, audit.audit_spec(bench.train_store, bench.config, NUM_CLASSES))
     for unit in train_units(bench):
         receipt, nothing = audit.audit_rows(bench, unit, 1, folder=folder, temperature=TEMPERATURE)
         assert nothing is None
@@ -165,7 +165,7 @@ def handwritten(folder, probabilities, chunk_rows=4):
     train = SimpleNamespace(num_rows=len(probabilities), chunk_rows=chunk_rows)
     url = bench.url(f"audit/{audit.ROWS}")
     config = small_config(folder, runtime={"unit_rows": chunk_rows}, store={"chunk_rows": chunk_rows})
-    create_store(url, audit.audit_spec(train, config))
+    create_store(url, audit.audit_spec(train, config, NUM_CLASSES))
     units = plan_units(len(probabilities), chunk_rows)
     for unit in units:
         index = np.arange(unit.start, unit.stop)
