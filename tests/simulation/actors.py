@@ -97,11 +97,11 @@ class Method:
     def remote(self, *arguments: Any) -> Any:
         if self._num_returns == "streaming":
             stream = Stream()
-            self._actor.call(self._name, arguments, [stream])
+            self._actor.world.call(self._actor, self._name, arguments, [stream])
             return stream
         sums = self._num_returns - 1
         refs = [Ref(is_sum=number < sums) for number in range(self._num_returns)]
-        self._actor.call(self._name, arguments, refs)
+        self._actor.world.call(self._actor, self._name, arguments, refs)
         return refs if len(refs) > 1 else refs[0]
 
 
@@ -109,7 +109,7 @@ class Actor:
     """One worker, which does ``world.at_once`` pieces of work at a time."""
 
     def __init__(self, world: World) -> None:
-        self._world, self._up, self._stopped = world, False, False
+        self.world, self._up, self._stopped = world, False, False
         self._dead_s, self._linger_s = float("inf"), 0.0
         self._pending: dict[Any, None] = {}
         self._asking: list[Ref] = []
@@ -127,27 +127,27 @@ class Actor:
 
     @property
     def dead(self) -> bool:
-        return self._world.now >= self._dead_s
+        return self.world.now >= self._dead_s
 
     @property
     def ended(self) -> bool:
         """Whether its process has gone, or does nothing any more."""
-        return self._stopped or self._world.now > self._dead_s + self._linger_s
+        return self._stopped or self.world.now > self._dead_s + self._linger_s
 
     def settle(self, machine: Machine | None) -> None:
         """Start, on a machine that has room."""
         self.machine = machine
-        seconds, how = self._world.start(self.number)
+        seconds, how = self.world.start(self.number)
         if seconds is not None:
-            self._world.after(seconds, lambda: self.come_up(how))
+            self.world.after(seconds, lambda: self.come_up(how))
 
     def die(self, linger_s: float = 0.0) -> None:
         if not self.dead:
-            self._dead_s, self._linger_s = self._world.now, linger_s
+            self._dead_s, self._linger_s = self.world.now, linger_s
             for ref in self._pending:
                 ref.set(error=ray.exceptions.ActorDiedError())
             self._pending = {}
-            self._world.ended(self, linger_s)
+            self.world.ended(self, linger_s)
 
     def stop(self) -> None:
         """Hang, with all that the process does."""
@@ -159,7 +159,6 @@ class Actor:
             ref.lost = True
 
     def call(self, name: str, arguments: tuple[Any, ...], refs: list[Any]) -> None:
-        self._world.called(self, name)
         self._pending |= dict.fromkeys(refs)
         if self.dead:
             for ref in refs:
@@ -170,9 +169,9 @@ class Actor:
         elif name != "live":
             asked = self._asked(name, arguments)
             self.num_asked += 1
-            self._world.asked(self, asked)
+            self.world.asked(self, asked)
             self._queue.append((asked, refs))
-            self._world.after(READ_S, self._next)
+            self.world.after(READ_S, self._next)
 
     def come_up(self, how: How) -> None:
         if self.dead:
@@ -204,12 +203,12 @@ class Actor:
         return Asked(self.number, name, task, inputs=[ref for refs in inputs for ref in refs], actor=self)
 
     def _next(self) -> None:
-        if self.num_busy >= self._world.at_once or not self._queue or self.dead or not self._up:
+        if self.num_busy >= self.world.at_once or not self._queue or self.dead or not self._up:
             return
-        second = self._world.overtakes and len(self._queue) > 1 and self._world.chance.random() < 0.5
+        second = self.world.overtakes and len(self._queue) > 1 and self.world.chance.random() < 0.5
         asked, refs = self._queue.pop(1 if second else 0)
         self.num_busy += 1
-        found = self._world.behave(asked)
+        found = self.world.behave(asked)
         if isinstance(found, tuple):
             found = _steps(*found)
         self._go_on(asked, refs, found)
@@ -227,7 +226,7 @@ class Actor:
         if isinstance(step, Turn):
             step.take(lambda: self._go_on(asked, refs, steps))
         elif step is not None:
-            self._world.after(step, lambda: self._go_on(asked, refs, steps))
+            self.world.after(step, lambda: self._go_on(asked, refs, steps))
 
     def _end(self, asked: Asked, refs: list[Any], how: How) -> None:
         if how == DIE:
@@ -239,7 +238,7 @@ class Actor:
         try:
             if isinstance(how, Exception):
                 raise how
-            value = self._world.compute(asked)
+            value = self.world.compute(asked)
         except Exception as error:  # noqa: BLE001 - as Ray does
             for ref in refs:
                 ref.set(error=task_error(error))

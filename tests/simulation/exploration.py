@@ -1,4 +1,4 @@
-"""One seed's run, driver after driver, until it has ended or stopped for good; its invariants are checked throughout."""
+"""One seed's run, driver after driver, until it has ended or stopped for good; invariants are checked throughout."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ class _Run:
             self._killed_s = world.now + kills_s.pop(0) if kills_s else float("inf")
             world.limit_s = world.now + self._plan.wait_s + 300.0
             world.counts.clear()
+            world.counts["starved"] = not world.fleet.living
             self._size = 0
             if self._drive(number):
                 return
@@ -185,8 +186,8 @@ class _Run:
         if isinstance(error, DataError):
             fickle = bool(self._plan.tough and self._plan.broken)  # tough workers clear rows by which others fail
             return bool(self._blamed()) or fickle or counts["fail"] + counts["deaths"] >= least
-        starved = counts["lost machines"] > 0 or counts["bad start"] > 0
-        return starved or not self._world.fleet.living or counts["deaths"] + counts["lost inputs"] >= least
+        starved = counts["starved"] or counts["lost machines"] > 0 or counts["bad start"] > 0
+        return starved or counts["deaths"] + counts["lost inputs"] >= least
 
     def _blamed(self) -> list[int]:
         """Rows for which a run stops that does not leave them out, or that are too many in one unit."""

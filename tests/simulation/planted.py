@@ -55,8 +55,8 @@ def _assign_all(self: Drive) -> None:
 
 
 def _units_first(self: Schedule, *, beside: bool = False) -> Any:
-    if self._queue and not (beside and self.is_alone(self._queue[0])):
-        return self.copy(self._queue.popleft())
+    if self._queue and not (beside and self.is_alone(self._queue.first)):
+        return self.copy(self._queue.take())
     return _take(self, beside=beside)
 
 
@@ -99,7 +99,7 @@ PLANTED: dict[str, tuple[str, Wrong]] = {
     ),
     "nobody looks whether workers answer": (
         ENDS,
-        [(Crew, "expired", lambda self: []), (Drive, "_straggler", lambda self: None)],
+        [(Crew, "expired", lambda self: []), (Drive, "_stragglers", lambda self, ready: iter([]))],
     ),
     "work of dead workers is forgotten": (ENDS, [(Schedule, "_put_back", _give_back_nothing)]),
     "the first failure ends the run": (ENDS, [(Schedule, "failed", _give_up_at_once)]),

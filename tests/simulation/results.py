@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 
 class Awaited:
     """Something that the driver may wait for."""
 
-    done = False
+    num_came = 0
+    """Of all of them: whoever waits looks again when it has grown."""
 
     def __init__(self) -> None:
-        self.on_done: Callable[[], None] | None = None
+        self.done = False
 
     def _came(self) -> None:
-        if self.on_done is not None:
-            self.on_done()
+        self.done = True
+        Awaited.num_came += 1
 
 
 class Ref(Awaited):
@@ -36,7 +36,7 @@ class Ref(Awaited):
 
     def set(self, value: Any = None, error: BaseException | None = None, home: Any = None) -> None:
         if not self.done:
-            self.done, self.value, self.error, self.home = True, value, error, home
+            self.value, self.error, self.home = value, error, home
             self._came()
 
 
@@ -46,40 +46,14 @@ class Stream(Awaited):
     def __init__(self) -> None:
         super().__init__()
         self.items: list[Ref] = []
-        self.ended = False
-
-    @property
-    def done(self) -> bool:  # type: ignore[override]
-        return self.ended or bool(self.items)
 
     def set(self, value: Any = None, error: BaseException | None = None, home: Any = None) -> None:
-        if not self.ended:
+        if not self.done:
             self.items.append(Ref())
             self.items[-1].set(value, error, home)
-            self.ended = True
             self._came()
 
     def __next__(self) -> Ref:
         if not self.items:
             raise StopIteration
         return self.items.pop(0)
-
-
-class Waiting:
-    """Counts what comes of some references while the driver waits for them."""
-
-    def __init__(self, refs: Sequence[Awaited], number: int) -> None:
-        self._refs, self.missing = refs, number - sum(1 for ref in refs if ref.done)
-
-    def __enter__(self) -> Waiting:
-        if self.missing > 0:
-            for ref in self._refs:
-                ref.on_done = self._count
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for ref in self._refs:
-            ref.on_done = None
-
-    def _count(self) -> None:
-        self.missing -= 1

@@ -31,6 +31,9 @@ class Checkpoints:
         for node in nodes:
             self._world.storage.pop(node, None)
 
+    def settle(self) -> None:
+        """Nothing is under way."""
+
 
 def merged(sums: list[str]) -> str:
     """The expression of the fixed tree over some sums."""

@@ -14,7 +14,7 @@ from fisher_ray.runtime.tree import Node
 from tests.simulation.actors import Actor, Asked, Behave, Outcome
 from tests.simulation.clock import Clock
 from tests.simulation.machines import Fleet
-from tests.simulation.results import Waiting
+from tests.simulation.results import Awaited
 
 
 class World(Clock):
@@ -47,13 +47,13 @@ class World(Clock):
     # -- as Ray's module
 
     def wait(self, refs: Sequence[Any], num_returns: int = 1, timeout: float = 0.0) -> tuple[list[Any], list[Any]]:
-        end = self.now + timeout
-        with Waiting(refs, num_returns) as waiting:
-            while waiting.missing > 0 and (self.now < end or self.is_due(end)):
-                self.pass_until(end)
-        came = [ref for ref in refs if ref.done][:num_returns]
-        left = [ref for ref in refs if not ref.done] if len(came) < num_returns else []
-        return came, left
+        end, came = self.now + timeout, [ref for ref in refs if ref.done]
+        while len(came) < num_returns and (self.now < end or self.is_due(end)):
+            before = Awaited.num_came
+            self.pass_until(end)
+            if Awaited.num_came != before:
+                came = [ref for ref in refs if ref.done]
+        return came[:num_returns], [ref for ref in refs if not ref.done] + came[num_returns:]
 
     def get(self, ref: Any, timeout: float | None = None) -> Any:
         if isinstance(ref, list):
@@ -84,8 +84,9 @@ class World(Clock):
 
     # -- what the actors tell
 
-    def called(self, actor: Actor, name: str) -> None:
-        """Hear of a call of the driver's."""
+    def call(self, actor: Actor, name: str, arguments: tuple[Any, ...], refs: list[Any]) -> None:
+        """Hand a call of the driver's on."""
+        actor.call(name, arguments, refs)
 
     def asked(self, actor: Actor, asked: Asked) -> None:
         """Hear of work that a worker got."""
