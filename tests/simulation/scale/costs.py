@@ -93,3 +93,8 @@ class Scenario:
     costs: Costs
     zone_lost_s: float | None = None
     zone_back_s: float = 120.0
+
+    @property
+    def ideal_s(self) -> float:
+        """What a pass takes if every worker computes all the time."""
+        return self.num_rows / self.costs.samples_s / self.num_workers

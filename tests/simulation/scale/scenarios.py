@@ -30,7 +30,6 @@ def troubled(costs: Costs, num_rows: int, unit_rows: int) -> list[Scenario]:
     def other(name: str, **changes: float) -> Scenario:
         return replace(plain, name=name, costs=replace(plain.costs, **changes))
 
-    quick = {name: getattr(costs, name) / 4 for name in ("call_s", "get_s", "ref_s", "scan_s", "decide_s", "remove_s")}
     large = {"samples_s": 100.0, "model_bytes": 4e9, "sum_bytes": 8e9, "solo_s": 600.0}
     return [
         plain,
@@ -41,7 +40,6 @@ def troubled(costs: Costs, num_rows: int, unit_rows: int) -> list[Scenario]:
         other("stragglers: 1 % of units take thrice as long", slow_share=0.01, slow_ratio=3.0),
         other("no stragglers, no spread", slow_share=0.0, wobble=0.0),
         other("storage of 50 GB/s and 3,500 requests/s", storage_bytes_s=5e10, storage_requests_s=3500.0),
-        other("a driver of four times the speed", **quick),
         other("Ray's calls as slow as on two slow cores", call_s=0.0005),
         other("sums of no size", sum_bytes=1.0),
         other("a tenth of the speed", samples_s=costs.samples_s / 10),
