@@ -141,7 +141,7 @@ class Troubled(World):
         if writes:
             self._write(asked, 1)
         if dies_at == 2:
-            if asked.keep is not None and not any(ref.lost for ref in asked.inputs):
+            if asked.name != "restore" and asked.keep is not None and not any(ref.lost for ref in asked.inputs):
                 self.compute(asked)
             return DIE
         return self._bad_luck(asked)
