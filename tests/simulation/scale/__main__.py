@@ -40,7 +40,7 @@ def main() -> None:
         for scenario in growing(costs, given.workers, rows, unit_rows)
         if scenario.ideal_s < LONGEST_S
     ]
-    others = [] if given.growing_only else unit_sizes(costs, given.rows[0], (4096, 16384, 65536))
+    others = [] if given.growing_only else unit_sizes(costs, given.rows[0], (4096, 16384))
     others += [] if given.growing_only else troubled(costs, given.rows[0], given.unit_rows[0])
     found: list[Found] = []
     given.output.mkdir(parents=True, exist_ok=True)

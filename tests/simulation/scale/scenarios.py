@@ -33,15 +33,13 @@ def troubled(costs: Costs, num_rows: int, unit_rows: int) -> list[Scenario]:
     large = {"samples_s": 100.0, "model_bytes": 4e9, "sum_bytes": 8e9, "solo_s": 600.0}
     return [
         plain,
-        replace(plain, name="a fifth of the machines is lost an hour", costs=costs),
         replace(plain, name="a zone is lost", zone_lost_s=ZONE_LOST_S),
         replace(plain, name="every 8 units' sum is kept", every_units=8),
         replace(plain, name="no sum is kept", every_units=None),
-        other("stragglers: 1 % of units take thrice as long", slow_share=0.01, slow_ratio=3.0),
-        other("no stragglers, no spread", slow_share=0.0, wobble=0.0),
-        other("storage of 50 GB/s and 3,500 requests/s", storage_bytes_s=5e10, storage_requests_s=3500.0),
-        other("Ray's calls as slow as on two slow cores", call_s=0.0005),
         other("sums of no size", sum_bytes=1.0),
-        other("a tenth of the speed", samples_s=costs.samples_s / 10),
-        other("1e9 parameters, sums of 8 GB, 100 samples/s", **large),
+        other("1 % of units take thrice as long", slow_share=0.01, slow_ratio=3.0),
+        other("storage of 50 GB/s, 3,500 requests/s", storage_bytes_s=5e10, storage_requests_s=3500.0),
+        other("0.5 ms for a call", call_s=0.0005),
+        other("a quarter of the speed", samples_s=costs.samples_s / 4),
+        replace(other("1e9 parameters", **large), num_rows=num_rows // 10, unit_rows=unit_rows // 4),
     ]
