@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -74,8 +74,9 @@ class Drive:
     def _assign(self) -> None:
         """Hand out work: first to those who have none, and a second unit where enough wait for everybody."""
         ready, schedule = self._crew.ready, self._schedule
+        stragglers = self._stragglers(ready)
         for member in ready:
-            if not member.jobs and (work := schedule.take() or self._straggler()) is not None:
+            if not member.jobs and (work := schedule.take() or next(stragglers, None)) is not None:
                 self._send(member, *work)
         for member in ready:
             if len(member.jobs) != 1 or schedule.num_waiting < len(ready):
@@ -85,18 +86,17 @@ class Drive:
             if (work := schedule.take(beside=True)) is not None:
                 self._send(member, *work)
 
-    def _straggler(self) -> tuple[Work, int] | None:
-        """Return a piece of work that one worker has had for long, to be done by another too."""
+    def _stragglers(self, ready: list[Member]) -> Iterator[tuple[Work, int]]:
+        """Yield the pieces of work that one worker has had for long, to be done by another too."""
         now = time.monotonic()
-        for member in self._crew.ready:
+        for member in ready:
             for job in member.jobs:
                 if now - member.jobs[0].since_s < self._given.slow_s(job.kind):
                     continue
                 if job.until_s is None and self._schedule.may_copy(job.work):
                     what = self._schedule.name(job.work)
                     self._note(f"{self._given.stage}: {member.place} is slow at {what}; run twice")
-                    return self._schedule.copy(job.work)
-        return None
+                    yield self._schedule.copy(job.work)
 
     def _send(self, member: Member, work: Work, attempt: int) -> None:
         given, schedule, keep, slices = self._given, self._schedule, None, self._given.num_slices

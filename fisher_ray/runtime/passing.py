@@ -77,6 +77,7 @@ class Pass:
     durations_s: dict[str, deque[float]] = field(default_factory=dict)
     failure: FisherRayError | None = None
     failed_s: float = 0.0
+    _slow_s: dict[str, float] = field(default_factory=dict)
 
     def fail(self, failure: FisherRayError) -> None:
         """Take note that the pass cannot end well; what is under way may end before."""
@@ -91,9 +92,15 @@ class Pass:
     def took(self, kind: str, seconds: float) -> None:
         """Take note of how long a piece of work took."""
         self.durations_s.setdefault(kind, deque(maxlen=101)).append(seconds)
+        self._slow_s.clear()
 
     def slow_s(self, kind: str) -> float:
         """After how many seconds a piece of work is given to a second worker too, by those of its kind, if any."""
+        if kind not in self._slow_s:
+            self._slow_s[kind] = self._find_slow_s(kind)
+        return self._slow_s[kind]
+
+    def _find_slow_s(self, kind: str) -> float:
         known = self.durations_s.get(kind) or [seconds for found in self.durations_s.values() for seconds in found]
         least = STRAGGLING_MERGE_S if kind == "merge" else STRAGGLER_S
         return max(least, STRAGGLER_RATIO * statistics.median(known)) if known else float("inf")

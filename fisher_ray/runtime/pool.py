@@ -189,7 +189,11 @@ class Pool:
 
     def _drive(self, given: Pass) -> None:
         self._metrics = self._metrics or DriverMetrics()
-        Drive(self._crew, given, self._note, self._check, self._metrics, skip=self._on_error == "skip").run()
+        try:
+            Drive(self._crew, given, self._note, self._check, self._metrics, skip=self._on_error == "skip").run()
+        finally:
+            if given.checkpoints is not None:
+                given.checkpoints.settle()
 
     def _stream(
         self,

@@ -5,7 +5,7 @@ No Ray here: results are opaque values, so every decision can be tested by itsel
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from fisher_ray.errors import DataError, WorkersLostError
 from fisher_ray.records import Unit
 from fisher_ray.runtime.isolation import Isolation
 from fisher_ray.runtime.tree import Node, Tree
+from fisher_ray.runtime.waiting import Waiting
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class Schedule:
         self._tree = Tree(len(self._units))
         self._kept = set(kept)
         self._open = set(self._leaves(self.root)) if self._units else set()
-        self._queue = deque(sorted(self._open, key=lambda node: node.first_unit))
+        self._queue = Waiting(sorted(self._open, key=lambda node: node.first_unit))
         self._running: Counter[Work] = Counter()
         self._attempts: Counter[Node] = Counter()
         self._failures: Counter[Node] = Counter()
         self._deaths: Counter[Node] = Counter()
         self._losses: Counter[Node] = Counter()
         self._results: dict[Node, Any] = {}
-        self._ready: deque[Node] = deque()  # merges whose inputs are there
+        self._ready = Waiting()  # merges whose inputs are there
         self._isolations: dict[Node, Isolation] = {}  # units under suspicion
         self._isolated: set[Node] = set()
         self._alone: set[Node] = set()
@@ -117,8 +118,8 @@ class Schedule:
         With ``beside`` it is for somebody who has another piece of work.
         """
         waiting = self._ready or self._queue
-        if waiting and not (beside and self.is_alone(waiting[0])):
-            return self.copy(waiting.popleft())
+        if waiting and not (beside and self.is_alone(waiting.first)):
+            return self.copy(waiting.take())
         if beside:
             return None
         for node, isolation in self._isolations.items():
@@ -148,10 +149,10 @@ class Schedule:
 
     def wants(self, work: Work) -> bool:
         """Whether a piece of work is still to be done, of which nobody has brought the result."""
-        if isinstance(work, Part):
-            return work.node in self._isolations and self._isolations[work.node].tries(work.unit)
         if work in self._open:
             return True
+        if isinstance(work, Part):
+            return work.node in self._isolations and self._isolations[work.node].tries(work.unit)
         return not self._is_leaf(work) and all(child in self._results for child in self._tree.children(work))
 
     def release(self, work: Work) -> None:
@@ -179,8 +180,7 @@ class Schedule:
             return False
         self._open.discard(work)
         self._isolations.pop(work, None)
-        if work in self._queue:
-            self._queue.remove(work)
+        self._queue.discard(work)
         for child in self._tree.children(work):
             self._results.pop(child, None)
         if kept:
@@ -192,7 +192,7 @@ class Schedule:
 
     def superseded(self, node: Node) -> list[Node]:
         """Return the nodes below one that were kept on storage, which need not be kept any more."""
-        below = [other for other in self._kept if node.covers(other)]
+        below = [other for child in self._tree.children(node) for other in self._kept_below(child)]
         self._kept.difference_update(below)
         return below
 
@@ -306,9 +306,9 @@ class Schedule:
         if self._running[node]:
             return  # somebody else has it too
         if not self._is_leaf(node):
-            self._ready.appendleft(node)
-        elif node not in self._queue and node not in self._isolations:
-            self._queue.appendleft(node)
+            self._ready.put_first(node)
+        elif node not in self._isolations:
+            self._queue.put_first(node)
 
     def _suspect(self, node: Node, reason: str) -> bool:
         """Look at a unit's rows, if that has not been done, and can be."""
@@ -329,8 +329,14 @@ class Schedule:
         if not self._is_leaf(node):
             return [unit for child in self._tree.children(node) for unit in self._forget(child)]
         self._open.add(node)
-        self._queue.appendleft(node)
+        self._queue.put_first(node)
         return [] if node in self._kept else [self.unit(node)]
+
+    def _kept_below(self, node: Node) -> list[Node]:
+        """Return the nodes of a subtree that are kept: none has another one below."""
+        if node in self._kept:
+            return [node]
+        return [other for child in self._tree.children(node) for other in self._kept_below(child)]
 
     def _leaves(self, node: Node) -> list[Node]:
         """Return the nodes below one whose results are had without merging."""

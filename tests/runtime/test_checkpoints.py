@@ -1,7 +1,10 @@
+import threading
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from fisher_ray.runtime.checkpoints import Checkpoints, remove_checkpoints
+from fisher_ray.runtime.checkpoints import NUM_REMOVERS, Checkpoints, remove_checkpoints
 from fisher_ray.runtime.tree import Node
 from fisher_ray.storage import Storage
 from fisher_ray.store import load_arrays, save_arrays
@@ -42,3 +45,26 @@ def test_what_was_kept_is_removed(tmp_path):
     assert checkpoints.found() == [Node(1, 1)]
     remove_checkpoints(Storage(str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sum_that_is_kept_again_is_not_removed_by_what_removes_the_one_before(tmp_path):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Storage):
+        def remove(self, prefix: str) -> None:
+            begun.set()
+            assert go_on.wait(60)
+            super().remove(prefix)
+
+    checkpoints = Checkpoints(Slow(str(tmp_path)), "metric/all", 1)
+    nodes = [Node(1, position) for position in range(NUM_REMOVERS + 1)]
+    for node in nodes:
+        save_arrays(checkpoints.url(node), {"a": np.ones(2)}, {})
+    checkpoints.remove(nodes)
+    assert begun.wait(60)
+    assert checkpoints.place(nodes[-1]) is not None  # its removal has not begun, and never will
+    go_on.set()
+    for node in nodes[:-1]:
+        assert not Path(str(checkpoints.place(node))).exists()
+    checkpoints.settle()
+    assert checkpoints.found() == [nodes[-1]]

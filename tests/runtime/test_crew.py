@@ -13,7 +13,9 @@ from fisher_ray.runtime import member as member_module
 from fisher_ray.runtime.crew import MAX_FAILED_STARTS, Crew
 from fisher_ray.runtime.member import Job, Member
 from fisher_ray.runtime.starts import MAX_PAUSE_S
-from tests.runtime.simulated import DIE, HANG, Outcome, World, simulated
+from tests.simulation.actors import DIE, HANG, Outcome
+from tests.simulation.driving import simulated
+from tests.simulation.world import World
 
 
 def test_a_job_has_twice_its_limit_as_long_as_it_is_beside_another(monkeypatch):

@@ -13,7 +13,10 @@ from fisher_ray.runtime.crew import KILL_S
 from fisher_ray.runtime.drive import LEFTOVER_S
 from fisher_ray.runtime.tree import Node
 from fisher_ray.runtime.watch import PING_S, SILENT_S
-from tests.runtime.simulated import DIE, HANG, STOP, Asked, Checkpoints, Outcome, World, let_pass, merged, simulated
+from tests.simulation.actors import DIE, HANG, STOP, Asked, Outcome
+from tests.simulation.driving import let_pass, simulated
+from tests.simulation.sums import Checkpoints, merged
+from tests.simulation.world import World
 
 NO = ZeroDivisionError("no")
 
