@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fisher_ray
 from fisher_ray.data import plan_units
@@ -79,17 +78,15 @@ def on_ray(work: Work, task: Task) -> str:
 
 
 def _config(work: Work, run: str) -> fisher_ray.Config:
-    compression: dict[str, Any] = {"kind": "sketch", "dim": work.kind.dim}
-    rank = work.kind.dim
+    rank, compression = work.kind.dim, {"kind": "sketch", "dim": work.kind.dim}
     if work.kind.by_layer:
-        compression = {"kind": "random", "layers": {"*": {"dim": work.kind.dim}}}
-        rank = work.kind.dim
+        rank *= sum(isinstance(module, nn.Linear) for module in work.model.modules())
+        compression = {"kind": "random", "dim": rank, "layers": {"*": {"dim": work.kind.dim}}}
     data = {name: {"format": "numpy", "path": f"{file}.npz"} for name, file in (("shallow", "train"), ("test", "test"))}
-    transform = {"transform": f"{work.kind.factory.__module__}:tokens"} if work.kind.by_layer else {}
     return fisher_ray.Config.from_dict(
         {
             "output": run,
-            "data": {"root": str(work.folder), **data, **transform},
+            "data": {"root": str(work.folder), **data},
             "model": {
                 "factory": f"{work.kind.factory.__module__}:{work.kind.factory.__name__}",
                 "checkpoint": str(work.folder / "network.safetensors"),
