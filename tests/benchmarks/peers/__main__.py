@@ -39,7 +39,7 @@ from tests.benchmarks.peers.watching import watch
 from tests.benchmarks.peers.work import EXACT_QUERIES, EXACT_ROWS, KINDS, OWN, prepare
 
 TIMEOUT_S = 600.0
-SIZES = {"W1": (2560, 128), "W3": (768, 64)}
+SIZES = {"W1": (2560, 128), "W3": (512, 64)}
 """Training rows and queries."""
 
 
