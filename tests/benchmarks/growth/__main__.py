@@ -3,8 +3,8 @@
     python -m tests.benchmarks.growth [--curves rows,parameters,classes,workers] [--rounds 1] [--figure FILE]
 
 Every point is a process of its own. ``rows``: 1,000 to 10⁶ samples of a network of 2,410 parameters.
-``parameters``: 10⁵ to 10⁸ of them in ten layers, 128 samples, for each of ``--compressions``. ``classes``: 2 to 1,000 of a
-small network, 512 samples, for the scores of each of ``--labels``. ``workers``: a run of the paper's CNN on an embedded
+``parameters``: 10⁵ to 10⁸ of them in nine layers, 128 samples, for each of ``--compressions``. ``classes``: 2 to 1,000
+of a small network, 512 samples, for the scores of each of ``--labels``. ``workers``: a run of the CNN on an embedded
 Ray, with one and with two.
 
 Printed are seconds of the metric and of the features, and peak memory beyond that of the process before it began (of a

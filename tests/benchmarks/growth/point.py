@@ -57,7 +57,7 @@ def rows(value: int, way: str) -> dict[str, float]:
 
 
 def parameters(value: int, way: str) -> dict[str, float]:
-    """A network of about ``P`` parameters in ten layers, compressed as ``way`` says; one drawn label a sample."""
+    """A network of about ``P`` parameters in nine layers, compressed as ``way`` says; one drawn label a sample."""
     if way not in get_args(Kind):
         raise ValueError(f"way {way!r} is not one of {', '.join(get_args(Kind))}")
     width = round(math.sqrt(value / (NUM_HIDDEN - 1) + 324) - 18)  # the first layer's inputs and the classes taken off
