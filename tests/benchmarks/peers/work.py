@@ -20,7 +20,9 @@ from torch.nn import functional
 from fisher_ray.models import paper_cnn
 from tests.benchmarks.gradients.workloads import Transformer
 
-NUM_CLASSES, NUM_TOKENS, LENGTH, NUM_STEPS = 10, 2048, 64, 25
+NUM_CLASSES, NUM_TOKENS, LENGTH = 10, 2048, 64
+NUM_STEPS = {"W1": 150, "W3": 25}
+"""Of training."""
 EXACT_QUERIES, EXACT_ROWS = 32, 256
 """Of the subset with exact dot products."""
 
@@ -113,7 +115,7 @@ def prepare(name: str, folder: Path, num_rows: int, num_queries: int) -> Work:
     make = _pictures if name == "W1" else _sequences
     inputs, labels = make(num_rows + num_queries, generator)
     model = KINDS[name].factory()
-    _train(model, inputs[:num_rows], labels[:num_rows], generator)
+    _train(model, inputs[:num_rows], labels[:num_rows], NUM_STEPS[name], generator)
     save_file(model.state_dict(), folder / "network.safetensors")
     for file, rows in (("train", slice(num_rows)), ("test", slice(num_rows, None))):
         np.savez(folder / f"{file}.npz", inputs=inputs[rows].numpy(), labels=labels[rows].numpy())
@@ -127,7 +129,7 @@ def _pictures(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     labels = torch.randint(NUM_CLASSES, (number,), generator=generator)
     coarse = torch.randn(NUM_CLASSES, 3, 6, 6, generator=generator)
     means = functional.interpolate(coarse, size=(24, 24), mode="bilinear")
-    return 0.15 * means[labels] + torch.randn(number, 3, 24, 24, generator=generator), labels
+    return 0.25 * means[labels] + torch.randn(number, 3, 24, 24, generator=generator), labels
 
 
 def _sequences(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -136,10 +138,10 @@ def _sequences(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return torch.multinomial(chances[labels], LENGTH, replacement=True, generator=generator), labels
 
 
-def _train(model: nn.Module, inputs: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+def _train(model: nn.Module, inputs: Tensor, labels: Tensor, num_steps: int, generator: torch.Generator) -> None:
     """A moment of training, in which the network learns some of the classes and is not yet sure of them."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         rows = torch.randint(len(inputs), (32,), generator=generator)
         functional.cross_entropy(model(inputs[rows]), labels[rows]).backward()
         optimizer.step()
