@@ -7,8 +7,9 @@ Every point is a process of its own. ``rows``: 1,000 to 10⁶ samples of a netwo
 of a small network, 512 samples, for the scores of each of ``--labels``. ``workers``: a run of the CNN on an embedded
 Ray, with one and with two.
 
-Printed are seconds of the metric and of the features, and peak memory beyond that of the process before it began (of a
-run the sum over all its processes, of shared pages each one's part); and the exponents of straight lines through the
+Printed are seconds of the metric and of the features (the processor's, in one thread by default, so that what else the
+machine does changes them little; of a run by the clock), and peak memory beyond that of the process before it began (of
+a run the sum over all its processes, of shared pages each one's part); and the exponents of straight lines through the
 upper half of a curve's points on a log-log scale. ``--figure`` takes SVG or PNG.
 """
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--compressions", default="random,kronecker", help="of the curves over parameters")
     parser.add_argument("--largest", type=int, help="no point beyond this value")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
