@@ -132,7 +132,6 @@ def _passes(model: nn.Module, data: Rows, *, labels: Labels, rank: int, **option
         seen += len(made.values)
     assert seen == data.number
     return {
-        "value": data.number,
         "metric_s": metric_s,
         "features_s": time.process_time() - start,
         "metric_bytes": metric_bytes - base,
