@@ -135,6 +135,7 @@ def draw(found: dict[str, list[Point]], place: Path) -> None:
             axes[row, column].set(xscale="log", yscale="log", xlabel=name, ylabel=label)
             axes[row, column].legend(fontsize="small")
             axes[row, column].grid(alpha=0.3)
+        axes[1, column].set_ylim(bottom=10)  # what hardly changes is to look so
     figure.savefig(place)
     pyplot.close(figure)
 
