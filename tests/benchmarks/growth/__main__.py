@@ -4,8 +4,8 @@
 
 Every point is a process of its own. ``rows``: 1,000 to 10⁶ samples of a network of 2,410 parameters.
 ``parameters``: 10⁵ to 10⁸ of them in nine layers, 128 samples, for each of ``--compressions``. ``classes``: 2 to 1,000
-of a small network, 512 samples, for the scores of each of ``--labels``. ``workers``: a run of the CNN on an embedded
-Ray, with one and with two.
+of a small network, 512 samples, for the scores of each of ``--labels``, or 64 ``buckets`` of all classes.
+``workers``: a run of the CNN on an embedded Ray, with one and with two.
 
 Printed are seconds of the metric and of the features (the processor's, in one thread by default, so that what else the
 machine does changes them little; of a run by the clock), and peak memory beyond that of the process before it began (of
@@ -43,7 +43,7 @@ def main() -> None:
     """Measure, print tables, draw and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", default=",".join(CURVES))
-    parser.add_argument("--labels", default="all,sampled", help="whose scores, of the curves over classes")
+    parser.add_argument("--labels", default="all,buckets,sampled", help="whose scores, of the curves over classes")
     parser.add_argument("--compressions", default="random,kronecker", help="of the curves over parameters")
     parser.add_argument("--largest", type=int, help="no point beyond this value")
     parser.add_argument("--rounds", type=int, default=1)

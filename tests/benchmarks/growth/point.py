@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import fisher_ray
 from fisher_ray.classifier.fitting import Labels
 from fisher_ray.config import Kind
-from fisher_ray.gradients import Compressor, ScoreEngine
+from fisher_ray.gradients import Compressor, ScoreEngine, Softmax, bucketed
 from fisher_ray.models import mlp
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import batch_features
 
-MICRO_BATCH, WIDTH = 64, 64
+MICRO_BATCH, WIDTH, NUM_BUCKETS = 64, 64, 64
 PARAMETER_ROWS, PARAMETER_INPUTS, NUM_HIDDEN = 128, 256, 8
 CLASS_ROWS = 512
 WORKER_ROWS, WORKER_UNIT = 2048, 256
@@ -70,8 +70,10 @@ def parameters(value: int, way: str) -> dict[str, float]:
 
 
 def classes(value: int, way: str) -> dict[str, float]:
-    """``C`` classes of a small network; ``way`` is whose scores."""
-    return _passes(mlp((WIDTH, WIDTH, value)), Rows(CLASS_ROWS, WIDTH), labels=_labels(way), dim=256, rank=128)
+    """``C`` classes of a small network; ``way`` is whose scores, or ``buckets`` of all classes."""
+    buckets = NUM_BUCKETS if way == "buckets" else None
+    options = {"labels": _labels("all" if buckets else way), "class_buckets": buckets, "dim": 256, "rank": 128}
+    return _passes(mlp((WIDTH, WIDTH, value)), Rows(CLASS_ROWS, WIDTH), **options)
 
 
 def workers(value: int, way: str) -> dict[str, float]:
@@ -123,7 +125,8 @@ def _passes(model: nn.Module, data: Rows, *, labels: Labels, rank: int, **option
     start = time.process_time()
     metric = fisher_ray.fit_metric(model, data, labels=labels, rank=rank, **options)
     metric_s, metric_bytes = time.process_time() - start, memory("VmHWM")
-    start, engine = time.process_time(), ScoreEngine(model)
+    buckets = metric.attributes.get("class_buckets")
+    start, engine = time.process_time(), ScoreEngine(model, likelihood=bucketed(Softmax(), buckets))
     compressor, seen = Compressor(metric.bases, engine.blocks, engine.like), 0
     for inputs, targets in data:
         batch = Batch(inputs, targets, torch.arange(seen, seen + len(inputs)))
