@@ -20,7 +20,7 @@ FREE = replace(
 
 
 def test_two_runs_of_a_scenario_find_the_same():
-    scenario = Scenario("any", 64, 2_000_000, 4096, 8, replace(Costs(), loss_each_s=0.02))
+    scenario = Scenario("any", 64, 2_000_000, 4096, 8, Costs(), zone_lost_s=18.0, zone_back_s=5.0)
     first, again = run_scenario(scenario)[0], run_scenario(scenario)[0]
     assert first == again
     assert first.lost_machines > 0
