@@ -59,11 +59,18 @@ class Checkpoints:
                 self._removers = ThreadPoolExecutor(NUM_REMOVERS, "remove-sums")
             self._removals[node] = self._removers.submit(self._storage.remove, self._name(node))
 
-    def settle(self) -> None:
-        """Remove no more: what is left goes with the whole folder when the stage is sealed."""
-        if self._removers is not None:
-            self._removers.shutdown(cancel_futures=True)
-            self._removers, self._removals = None, {}
+    def settle(self) -> list[str]:
+        """Remove no more: what is left goes with the whole folder when the stage is sealed.
+
+        Returns:
+            Why something could not be removed.
+        """
+        if self._removers is None:
+            return []
+        self._removers.shutdown(cancel_futures=True)
+        ended = [removal for removal in self._removals.values() if not removal.cancelled()]
+        self._removers, self._removals = None, {}
+        return [str(error) for removal in ended if (error := removal.exception()) is not None]
 
     def _name(self, node: Node) -> str:
         return f"{self._folder}/{node.level}-{node.position}.zarr"

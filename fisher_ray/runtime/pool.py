@@ -192,8 +192,9 @@ class Pool:
         try:
             Drive(self._crew, given, self._note, self._check, self._metrics, skip=self._on_error == "skip").run()
         finally:
-            if given.checkpoints is not None:
-                given.checkpoints.settle()
+            failures = [] if given.checkpoints is None else given.checkpoints.settle()
+            if failures:
+                self._note(f"{len(failures)} sums that are part of larger ones by now stay a while: {failures[0]}")
 
     def _stream(
         self,

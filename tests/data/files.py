@@ -68,6 +68,10 @@ def integers(image: Any, generator: torch.Generator | None) -> torch.Tensor:
     return torch.zeros(3, dtype=torch.int32)
 
 
+def tokens(image: Any, generator: torch.Generator | None) -> torch.Tensor:
+    return torch.tensor([1, 2**40])  # more than float32 has digits for
+
+
 def failing(image: Any, generator: torch.Generator | None) -> torch.Tensor:
     raise KeyError("no such augmentation")
 

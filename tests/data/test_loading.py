@@ -122,6 +122,14 @@ def test_a_transform_that_returns_integers_is_a_wrong_request_even_under_skip(tm
         check_source(source, 5, on_error="skip")
 
 
+def test_a_transform_may_return_tokens(tmp_path):
+    write_numbered(tmp_path)
+    source = open_parquet(tmp_path, transform="tests.data.files:tokens")
+    batch = next(load_batches(source, range(3), 3, num_classes=5))
+    assert batch.inputs.tolist() == [[1, 2**40]] * 3
+    assert batch.inputs.dtype == torch.int64
+
+
 def test_a_transform_that_fails_names_the_row(tmp_path):
     write_numbered(tmp_path)
     with pytest.raises(DataError, match=r"row 0 .*data.transform failed: KeyError: 'no such augmentation'"):

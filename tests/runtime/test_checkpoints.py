@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fisher_ray.errors import StorageError
 from fisher_ray.runtime.checkpoints import NUM_REMOVERS, Checkpoints, remove_checkpoints
 from fisher_ray.runtime.tree import Node
 from fisher_ray.storage import Storage
@@ -66,5 +67,16 @@ def test_a_sum_that_is_kept_again_is_not_removed_by_what_removes_the_one_before(
     go_on.set()
     for node in nodes[:-1]:
         assert not Path(str(checkpoints.place(node))).exists()
-    checkpoints.settle()
+    assert checkpoints.settle() == []
     assert checkpoints.found() == [nodes[-1]]
+
+
+def test_a_sum_that_cannot_be_removed_is_told_at_the_end(tmp_path):
+    class Refusing(Storage):
+        def remove(self, prefix: str) -> None:
+            raise StorageError(f"{prefix}: not now")
+
+    checkpoints = Checkpoints(Refusing(str(tmp_path)), "metric/all", 1)
+    checkpoints.remove([Node(1, 3)])
+    assert checkpoints.settle() == ["sums/metric/all/1-3.zarr: not now"]
+    assert checkpoints.settle() == []

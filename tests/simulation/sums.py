@@ -31,8 +31,9 @@ class Checkpoints:
         for node in nodes:
             self._world.storage.pop(node, None)
 
-    def settle(self) -> None:
+    def settle(self) -> list[str]:
         """Nothing is under way."""
+        return []
 
 
 def merged(sums: list[str]) -> str:

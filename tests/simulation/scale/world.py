@@ -214,8 +214,9 @@ class KeptSums:
             world.storage.pop(node, None)
         world.leave()
 
-    def settle(self) -> None:
+    def settle(self) -> list[str]:
         """What is left goes with its folder."""
+        return []
 
 
 def joined(sums: list[tuple[int, int]]) -> tuple[int, int]:
