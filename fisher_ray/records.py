@@ -35,7 +35,7 @@ class Batch:
     """Decoded samples.
 
     Attributes:
-        inputs: float32, shape ``(B, *input_shape)``.
+        inputs: float32, or int64 of tokens, shape ``(B, *input_shape)``.
         labels: int64, shape ``(B,)``.
         index: int64, shape ``(B,)``: row in the split.
     """

@@ -111,7 +111,7 @@ def fit_metric(
     """
     _check_choices(labels=labels, compression=compression, estimator=estimator, structure=structure)
     check_data(data)
-    scores = ScoresConfig.checked({"labels": labels, "class_buckets": class_buckets})
+    scores, seed = ScoresConfig.checked({"labels": labels, "class_buckets": class_buckets}), int(seed)
     buckets = None if scores.class_buckets is None else (scores.class_buckets, seed)
     made = bucketed(likelihood_of(likelihood), buckets)
     engine = ScoreEngine(model, parameters, made, precision_of(precision))

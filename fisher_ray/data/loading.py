@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fisher_ray.data.keys import epoch_order, generator_seeds
 from fisher_ray.data.samples import Assembler, OnError, Request
@@ -20,7 +21,7 @@ from fisher_ray.records import Batch
 Made = tuple[Batch | None, dict[int, str]]
 
 
-def check_source(source: Source, num_classes: int | None, *, on_error: OnError = "stop") -> tuple[int, ...]:
+def check_source(source: Source, num_classes: int | None, *, on_error: OnError = "stop") -> Tensor:
     """Look at all labels, where that is cheap, and at the first sample, before any work.
 
     Args:
@@ -29,11 +30,11 @@ def check_source(source: Source, num_classes: int | None, *, on_error: OnError =
         on_error: under ``skip`` bad rows are passed over until the first good one.
 
     Returns:
-        The shape of the first good sample's input: the ``expected_shape`` of every batch of the split.
+        The first good sample's input, ``(1, *shape)``: every other one of the split has its shape and type.
 
     Raises:
         DataError: naming the row and its file, if a label or the first sample is bad; or if no row is good.
-        ConfigError: if the transform returns anything but a float tensor.
+        ConfigError: if the transform returns anything but a tensor of floats or of int64.
     """
     if on_error == "stop":
         _check_labels(source, num_classes)
@@ -41,7 +42,7 @@ def check_source(source: Source, num_classes: int | None, *, on_error: OnError =
     for row, raw in enumerate(source.raw_rows(0, len(source))):
         batch, skipped = assembler.batch([(row, partial(source.decode, raw), None)])
         if batch is not None:
-            return tuple(batch.inputs.shape[1:])
+            return batch.inputs
         assembler, reason = Assembler(source, num_classes, None, on_error), reason or skipped[row]
     raise DataError(f"{source.key}: none of its {len(source)} rows can be used. The first: {reason}", row=0)
 

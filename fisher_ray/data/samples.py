@@ -45,13 +45,14 @@ class Assembler:
         """
         self._source, self._num_classes, self._on_error = source, num_classes, on_error
         self.shape = tuple(expected_shape) if expected_shape is not None else None
+        self._dtype: torch.dtype | None = None
 
     def batch(self, requests: Iterable[Request]) -> tuple[Batch | None, dict[int, str]]:
         """Return the good samples, None if there are none, and the reasons for the rows left out.
 
         Raises:
             DataError: at a bad sample, under ``stop``.
-            ConfigError: if the transform returns anything but a float tensor.
+            ConfigError: if the transform returns anything but a tensor of floats or of int64.
         """
         skipped: dict[int, str] = {}
         good: list[tuple[int, Tensor, int]] = []
@@ -92,6 +93,10 @@ class Assembler:
             self.shape = tuple(x.shape)
         if x.shape != self.shape:
             raise self._bad(row, f"has an input of shape {tuple(x.shape)}, the split's is {self.shape}")
+        if self._dtype is None:
+            self._dtype = x.dtype
+        if x.dtype != self._dtype:
+            raise self._bad(row, f"has an input of {x.dtype}, others of {self._dtype}")
         return x, label
 
     def _tensor(self, decoded: Any, generator: torch.Generator | None) -> Tensor:

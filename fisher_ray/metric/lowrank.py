@@ -215,7 +215,12 @@ class LowRankMetric:
     def fingerprint(self) -> str:
         """SHA-256 of everything that features depend on, the network aside."""
         arrays, values = self.to_arrays()
-        digest = hashlib.sha256(json.dumps([values["bases"], values["parts"]]).encode())
+        told: list[Any] = [values["bases"], values["parts"]]
+        if self.attributes.get("precision", "float32") != "float32":
+            told.append(self.attributes["precision"])
+        if self.attributes.get("class_buckets") is not None:
+            told.append(self.attributes["class_buckets"])
+        digest = hashlib.sha256(json.dumps(told).encode())
         for name in sorted(arrays):
             digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
         return digest.hexdigest()

@@ -45,7 +45,7 @@ class Checkpoints:
         """Return where a node's sum is to be kept; None if it is not. One that is being removed is gone by then."""
         removal = self._removals.pop(node, None)
         if removal is not None and not removal.cancel():
-            removal.result()
+            wait([removal])  # if it failed, what is left is written over
         return None if self._level is None or node.level < self._level else self.url(node)
 
     def url(self, node: Node) -> str:

@@ -162,7 +162,7 @@ class Drive:
 
     def _unkept(self, node: Node, error: StoreError) -> None:
         if not self._schedule.is_kept(node):  # another could not read it either
-            self._schedule.release(node)
+            self._schedule.give_back(node)
             return
         self._schedule.unkept(node)
         if self._given.checkpoints is not None:

@@ -161,6 +161,12 @@ class Schedule:
         if self._running[work] <= 0:
             del self._running[work]
 
+    def give_back(self, node: Node) -> None:
+        """Take note that somebody could not do what was to be done in another way by then: it is handed out anew."""
+        self.release(node)
+        if self.wants(node):
+            self._put_back(node)
+
     def done(self, work: Work, result: Any, *, kept: bool = False) -> bool:
         """Keep a result; what it was merged from is let go.
 

@@ -73,5 +73,5 @@ def _exhausted(batch: Batch, error: BaseException) -> MemoryExhaustedError:
     return MemoryExhaustedError(
         f"row {int(batch.index[0])}: there is not enough memory for the scores of one sample ({lines[0]}). Have more, "
         "or fewer workers on a machine, and run again: a run resumes. Or start anew with fewer parameters "
-        "(scores.parameters) or one label (scores.labels)."
+        "(scores.parameters), one label (scores.labels) or buckets of classes (scores.class_buckets)."
     )

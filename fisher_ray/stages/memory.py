@@ -39,7 +39,8 @@ def choose_micro_batch(config: Config, engine: ScoreEngine, inputs: Tensor) -> t
     if (needed := _count(config, engine, inputs, size)) > limit:
         raise ConfigError(
             f"the scores of one sample take {needed} bytes, runtime.memory_bytes allow {limit}. Raise them, set "
-            "runtime.micro_batch: 1, or take fewer parameters (scores.parameters) or one label (scores.labels)."
+            "runtime.micro_batch: 1, or take fewer parameters (scores.parameters), one label (scores.labels) or "
+            "buckets of classes (scores.class_buckets)."
         )
     each = needed  # of a sample more
     while size < MOST and (more := _count(config, engine, inputs, 2 * size)) <= limit:

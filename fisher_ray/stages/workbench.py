@@ -246,15 +246,15 @@ def inspect_request(config: Config) -> Facts:
     if config.base is None:
         fingerprints["checkpoint"] = hashlib.sha256(network_bytes(model)).hexdigest()
     engine = score_engine(config, model)
-    shapes = {split: check_source(source, None, on_error=config.data.on_error) for split, source in sources.items()}
+    firsts = {split: check_source(source, None, on_error=config.data.on_error) for split, source in sources.items()}
+    shapes = {split: (tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for split, x in firsts.items()}
     if len(set(shapes.values())) > 1:
         raise ConfigError(f"the splits' samples have different shapes: {shapes}. Check data.transform and the paths.")
-    shape = shapes["shallow"]
+    inputs, shape = firsts["shallow"], shapes["shallow"][0]
     if config.linear.views == 2 and len(shape) < 2:
         raise ConfigError(f"linear.views 2 mirrors pictures, and a sample has shape {shape}. Set linear.views: 1.")
     if config.base is not None:
         fingerprints["model"] = hashlib.sha256(repr(model).encode() + network_bytes(model)).hexdigest()
-    inputs = torch.zeros(1, *shape)
     for batch in _first_rows(sources["shallow"], shape):
         inputs = batch.inputs
         fingerprints["transformed"] = hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest()
@@ -295,7 +295,7 @@ def inspect_queries(config: Config, facts: Facts, request: ScoreConfig) -> tuple
     data = config.data.model_copy(update={"test": request.queries})
     config = config.model_copy(update={"data": data})
     source = _open(config, "test", "queries")
-    shape = check_source(source, facts.num_classes, on_error=config.data.on_error)
+    shape = tuple(check_source(source, facts.num_classes, on_error=config.data.on_error).shape[1:])
     if shape != facts.input_shape:
         raise ConfigError(
             f"the queries' samples have shape {shape}, the run's {facts.input_shape}. Give such as these."
@@ -343,7 +343,7 @@ def _naming_shape(inputs: torch.Tensor) -> Iterator[None]:
         raise ModelError(
             f"the network fails on samples of shape {tuple(inputs.shape[1:])} and type "
             f"{str(inputs.dtype).removeprefix('torch.')}: {type(error).__name__}: {error}. "
-            "Check data.transform against the network's input."
+            "Check data.transform against the network's input; one that takes tokens needs one that returns int64."
         ) from error
 
 

@@ -72,6 +72,11 @@ def tokens(image: Any, generator: torch.Generator | None) -> torch.Tensor:
     return torch.tensor([1, 2**40])  # more than float32 has digits for
 
 
+def of_any_type(image: Any, generator: torch.Generator | None) -> torch.Tensor:
+    of_type = torch.int64 if np.asarray(image).flat[0] % 2 else torch.float32
+    return torch.zeros(3, dtype=of_type)
+
+
 def failing(image: Any, generator: torch.Generator | None) -> torch.Tensor:
     raise KeyError("no such augmentation")
 

@@ -34,7 +34,7 @@ def test_the_split_is_fixed():
 def test_the_demo_source_has_pictures_of_eight_by_eight():
     config = SourceConfig(format="torch", factory="fisher_ray.data.digits:digits", kwargs={"split": "test"})
     source = open_source(config, root=".", transform="fisher_ray.models:digits_transform", key="data.test")
-    assert check_source(source, 10) == (1, 8, 8)
+    assert check_source(source, 10).shape[1:] == (1, 8, 8)
 
 
 def test_an_unknown_split_is_refused():

@@ -16,7 +16,7 @@ def test_tensors_and_tensor_labels_are_taken(tmp_path):
     (batch,) = load_batches(source, range(4), 8, num_classes=3)
     torch.testing.assert_close(batch.inputs[:, 0], torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert batch.labels.tolist() == [1, 2, 0, 1]
-    assert check_source(source, 3) == (2,)
+    assert check_source(source, 3).shape[1:] == (2,)
 
 
 @pytest.mark.parametrize(

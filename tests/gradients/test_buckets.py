@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisher_ray.errors import RequestError
+import fisher_ray
+from fisher_ray.errors import RequestError, StoreError
 from fisher_ray.gradients import Compressor, Gaussian, ScoreEngine, Softmax, bucketed, random_bases
 from fisher_ray.gradients.buckets import ClassBuckets, bucket_signs
 from fisher_ray.models import mlp
@@ -108,6 +109,22 @@ def test_a_network_is_gone_back_through_once_for_each_bucket():
     every = compressed_scores(ScoreEngine(model), compressor, batch, "all", 0)[2]
     expected = torch.einsum("sc,bcd->bsd", bucket_signs(300, 8, 0), every)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_metrics_of_other_buckets_are_told_apart(tmp_path):
+    """Though their arrays are the same: these are of the true labels."""
+    torch.manual_seed(0)
+    model, inputs, labels = mlp((6, 5, 12)).eval(), torch.randn(40, 6), torch.arange(40) % 12
+    options = {"dim": 32, "rank": 16, "metric_labels": "true"}
+    first, second, plain = (
+        fisher_ray.fit_metric(model, [(inputs, labels)], class_buckets=buckets, seed=seed, **options)
+        for buckets, seed in ((4, np.int64(0)), (4, 1), (None, 0))
+    )
+    assert len({first.fingerprint, second.fingerprint, plain.fingerprint}) == 3
+    place = str(tmp_path / "store")
+    fisher_ray.write_features(model, first, inputs, place, labels=labels, chunk_rows=8)
+    with pytest.raises(StoreError, match="another"):
+        fisher_ray.write_features(model, second, inputs, place, labels=labels, chunk_rows=8)
 
 
 def test_buckets_are_of_classes_alone():

@@ -32,6 +32,8 @@ class Words(nn.Module):
 
 
 def as_tokens(values: np.ndarray, generator: torch.Generator | None) -> Tensor:
+    if values.min() < 0:
+        raise ValueError("no token")
     return torch.from_numpy(values)
 
 
@@ -75,11 +77,13 @@ def test_what_needs_scores_of_classes_is_refused_or_left_out(in_buckets):
     assert "self_influence" not in fisher_ray.open_features(f"{place}/rows.zarr").arrays
 
 
-def test_a_network_of_tokens_goes_the_whole_way(ray_session, tmp_path):
+def test_a_network_of_tokens_goes_the_whole_way(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("fisher_ray.stages.workbench.NUM_TRIED", 2)  # both of which are bad
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, 900)
     own = labels[:, None] * (NUM_TOKENS // CLASSES) + rng.integers(0, NUM_TOKENS // CLASSES, (900, LENGTH))
     tokens = np.where(rng.random((900, LENGTH)) < 0.5, own, rng.integers(0, NUM_TOKENS, (900, LENGTH)))
+    tokens[[300, 301], 0] = -1  # as the first two rows of the second split
     np.savez(Path(tmp_path) / "tokens.npz", inputs=tokens, labels=labels)
     source = {"format": "numpy", "path": "tokens.npz"}
     rows = {"train": [0, 300], "shallow": [300, 600], "test": [600, 900]}
@@ -89,6 +93,7 @@ def test_a_network_of_tokens_goes_the_whole_way(ray_session, tmp_path):
             "data": {
                 "root": str(tmp_path),
                 "transform": f"{__name__}:as_tokens",
+                "on_error": "skip",
                 **{name: {**source, "rows": span} for name, span in rows.items()},
             },
             "model": {"factory": f"{__name__}:Words"},
@@ -100,6 +105,8 @@ def test_a_network_of_tokens_goes_the_whole_way(ray_session, tmp_path):
             "runtime": {"num_workers": 1, "unit_rows": 100},
         }
     )
-    accuracy = fisher_ray.run(config)["accuracy"]
+    results = fisher_ray.run(config)
+    assert sorted(fisher_ray.open_features(f"{config.output}/features/train.zarr").skipped) == [0, 1]
+    accuracy = results["accuracy"]
     assert accuracy["fisher_linear"] > 0.8
     assert accuracy["fisher_linear"] > accuracy["base"]

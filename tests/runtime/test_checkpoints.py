@@ -78,5 +78,7 @@ def test_a_sum_that_cannot_be_removed_is_told_at_the_end(tmp_path):
 
     checkpoints = Checkpoints(Refusing(str(tmp_path)), "metric/all", 1)
     checkpoints.remove([Node(1, 3)])
+    checkpoints.remove([Node(1, 4)])
+    assert checkpoints.place(Node(1, 4)) == checkpoints.url(Node(1, 4))  # it is written over
     assert checkpoints.settle() == ["sums/metric/all/1-3.zarr: not now"]
     assert checkpoints.settle() == []

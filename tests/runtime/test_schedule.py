@@ -410,3 +410,18 @@ def test_a_worker_that_dies_is_no_failure_of_the_unit_and_too_many_are_lost_work
         WorkersLostError, match=r"unit 0 with rows \[0, 8\) was tried 3 times: its worker died; .*: preempted"
     ):
         schedule.died(node, "preempted")
+
+
+def test_a_kept_sum_that_two_could_not_read_is_merged_anew():
+    """The second says so when its parts are computed already."""
+    kept = Node(1, 0)
+    schedule = Schedule(plan_units(2, 1), 3, merge=True, kept=[kept])
+    assert schedule.take() == (kept, 1)
+    schedule.copy(kept)
+    schedule.unkept(kept)
+    while (work := schedule.take()) is not None:
+        schedule.done(work[0], "part")
+    schedule.give_back(kept)
+    assert schedule.take()[0] == kept
+    schedule.done(kept, "sum")
+    assert schedule.finished
