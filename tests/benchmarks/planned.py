@@ -25,7 +25,7 @@ from fisher_ray.storage import Storage
 
 CIFAR10 = Path("jobs/configs/cifar10.yaml")
 SMALLER = ("base.steps=600", "metric.rank=256", "linear.views=1", "trained_on=null", "data.test.rows=[0,4000]")
-ROWS = {"mlp": (2000, 24_000, 4000), "transformer": (500, 5000, 1000)}
+ROWS = {"mlp": (2000, 24_000, 4000), "transformer": (500, 3000, 500)}
 """Of the three splits."""
 
 
@@ -56,7 +56,7 @@ def generated(name: str, folder: Path) -> Config:
     }
     if name == "transformer":
         values["data"]["transform"] = "tests.benchmarks.pipeline:tokens"
-        values["scores"] = {"parameters": "layers.*"}
+        values["scores"] = {"parameters": "layers.*", "labels": "sampled"}
     return Config.from_dict(values)
 
 
