@@ -48,8 +48,8 @@ def estimate_run(config: Config, facts: Facts, environment: Mapping[str, str]) -
     """
     places = worker_places(config)
     workers = len(places) if config.runtime.num_workers == "auto" else config.runtime.num_workers
-    threads = min(len(os.sched_getaffinity(0)), workers * config.runtime.cpus_per_worker)
-    alone = _rehearse(config, facts, "alone", threads, places[:1], environment)[0]
+    cores = len(os.sched_getaffinity(0))  # what is done once has all of the machine that it is done on
+    alone = _rehearse(config, facts, "alone", cores, places[:1], environment)[0]
     seconds = {"base": alone.paces["base"].seconds(config.base.steps)} if config.base is not None else {}
     peak = {}
     if config.linear.model != "gradnet":
