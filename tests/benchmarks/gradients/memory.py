@@ -5,14 +5,11 @@ python -m tests.benchmarks.gradients.memory W1
 
 from __future__ import annotations
 
-import resource
 import sys
-from pathlib import Path
 
 from tests.benchmarks.gradients.methods import exact, plain
 from tests.benchmarks.gradients.workloads import workload
-
-PAGE_BYTES = resource.getpagesize()
+from tests.benchmarks.process import memory
 
 
 def main(name: str) -> None:
@@ -21,11 +18,11 @@ def main(name: str) -> None:
     unit = plain(work)
     for _ in range(2):
         unit()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+    before = memory("VmRSS")
     run = exact(work)
     for _ in range(3):
         output = run()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory("VmHWM")
     size = output.numel() * output.element_size()
     print(f"{name}: output {size / 1e6:.0f} MB, beyond it {(peak - before - size) / 1e6:.0f} MB")
 

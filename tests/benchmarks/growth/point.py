@@ -25,6 +25,7 @@ from fisher_ray.gradients import Compressor, ScoreEngine, Softmax, bucketed
 from fisher_ray.models import mlp
 from fisher_ray.records import Batch
 from fisher_ray.stages.passes import batch_features
+from tests.benchmarks.process import memory
 
 MICRO_BATCH, WIDTH, NUM_BUCKETS = 64, 64, 64
 PARAMETER_ROWS, PARAMETER_INPUTS, NUM_HIDDEN = 128, 256, 8
@@ -140,11 +141,6 @@ def _passes(model: nn.Module, data: Rows, *, labels: Labels, rank: int, **option
         "metric_bytes": metric_bytes - base,
         "peak_bytes": memory("VmHWM") - base,
     }
-
-
-def memory(name: str) -> int:
-    """Return this process's ``VmRSS`` or ``VmHWM`` in bytes."""
-    return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from fisher_ray.metric import FisherSum, LowRankMetric
 from fisher_ray.records import Batch
 from fisher_ray.stages.compression import choose_compression, plan
 from fisher_ray.stages.passes import batch_features, fisher_pass, kronecker_pass
+from tests.benchmarks.process import memory
 
 LIMIT_BYTES = 6e9
 DIM, RANK = 1024, 256
@@ -84,7 +84,7 @@ class Steps:
         """Measure what is done inside."""
         start = time.perf_counter()
         yield
-        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds, peak = time.perf_counter() - start, memory("VmHWM")
         self.found[name] = {"seconds": seconds, "peak_bytes": peak}
         print(f"{name:24} {seconds:7.1f} s   peak {peak / 1e9:5.2f} GB", flush=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from fisher_ray.records import LayerSketch, Receipt, Unit
 from fisher_ray.runtime import Crew, Pool, Session
 from fisher_ray.stages import Workbench, inspect_request, tasks
 from fisher_ray.store import save_arrays
+from tests.benchmarks.process import memory
 from tests.stages.small_runs import small_config, write_pictures
 
 NUM_UNITS, SIDE = 64, 64
@@ -102,8 +102,8 @@ def measure_driver() -> dict[str, dict[str, int]]:
     with workers(side, {"rank": 256}) as pool:
         for num_units in (8, 32, 128):
             reduce_units(pool, num_units)
-            now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            now = memory("VmRSS")
+            peak = memory("VmHWM")
             found[str(num_units)] = {"resident_bytes": now, "peak_bytes": peak}
             print(f"{num_units:4} units: driver {now / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB", flush=True)
     return found

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.benchmarks.process import memory
+
 
 class Task:
     """One library's turn.
@@ -56,7 +58,10 @@ class Task:
 
     def finish(self, version: str) -> None:
         """Print what the parent reads."""
-        status = Path("/proc/self/status").read_text()  # whose VmHWM, other than ru_maxrss, knows nothing of the parent
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        told = {"version": version, "peak_bytes": peak, "stored_bytes": self._stored_bytes, "seconds": self._seconds}
+        told = {
+            "version": version,
+            "peak_bytes": memory("VmHWM"),
+            "stored_bytes": self._stored_bytes,
+            "seconds": self._seconds,
+        }
         print(json.dumps(told))
