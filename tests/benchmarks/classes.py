@@ -113,13 +113,13 @@ def errors(model: nn.Module, inputs: Tensor) -> dict[str, list[float]]:
 
 
 def drawn(plain: Tensor, probabilities: Tensor, number: int, seed: int) -> Tensor:
-    """Return scores of all classes of which only those drawn are there, as often as they were, ``(B, C, D)``.
+    """Return weighted scores of all classes of which only those drawn are there, as often as they were, ``(B, C, D)``.
 
-    A class that is drawn ``n`` of ``S`` times has the weight ``√(n / S)``, whose square is ``p`` on average.
+    A class that is drawn ``n`` of ``S`` times has the weight ``n / (S √p)``, which is ``√p`` on average.
     """
     labels = torch.multinomial(probabilities, number, True, generator=torch.Generator().manual_seed(seed))
     counts = torch.zeros_like(probabilities).scatter_add_(1, labels, torch.ones(labels.shape))
-    return plain * (counts / number).sqrt()[..., None]
+    return plain * (counts / (number * probabilities.sqrt()))[..., None]
 
 
 def draw(path: Path, seconds: dict[str, list[float]], found: dict[str, dict[str, list[float]]]) -> None:
