@@ -17,7 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fisher_ray.records import Batch
 from fisher_ray.stages import Workbench, inspect_request
 from fisher_ray.stages.passes import batch_features
 from fisher_ray.stages.workbench import score_engine
+from tests.benchmarks.gradients.workloads import TOKENS
 
 NUM_TOKENS, LENGTH = 50_257, 512
 MIN_SECONDS = 3.0
@@ -62,7 +63,7 @@ class Workload:
     micro_batch: int
     unit_rows: int
     transform: str | None = None
-    num_units: int = field(default=12)
+    num_units: int = 12
 
     def scaled(self, share: float) -> tuple[int, int]:
         """Return the samples of a micro-batch and of a unit on a device that is ``share`` as fast."""
@@ -72,11 +73,6 @@ class Workload:
 
 def _pictures(side: int) -> Callable[[int], np.ndarray]:
     return lambda number: np.random.default_rng(0).standard_normal((number, 3, side, side), dtype=np.float32)
-
-
-def tokens(values: np.ndarray, generator: torch.Generator | None) -> torch.Tensor:
-    """Leave integers as they are."""
-    return torch.from_numpy(values)
 
 
 def _tokens(number: int) -> np.ndarray:
@@ -93,7 +89,7 @@ WORKLOADS = {
         "random",
         32,
         512,
-        "tests.benchmarks.pipeline:tokens",
+        TOKENS,
     ),
 }
 

@@ -22,6 +22,7 @@ from fisher_ray.config import Config
 from fisher_ray.journal import read_run
 from fisher_ray.records import SilentProgress
 from fisher_ray.storage import Storage
+from tests.benchmarks.gradients.workloads import TOKENS
 
 CIFAR10 = Path("jobs/configs/cifar10.yaml")
 SMALLER = ("base.steps=600", "metric.rank=256", "linear.views=1", "trained_on=null", "data.test.rows=[0,4000]")
@@ -55,7 +56,7 @@ def generated(name: str, folder: Path) -> Config:
         "runtime": {"unit_rows": 500},
     }
     if name == "transformer":
-        values["data"]["transform"] = "tests.benchmarks.pipeline:tokens"
+        values["data"]["transform"] = TOKENS
         values["scores"] = {"parameters": "layers.*", "labels": "sampled"}
     return Config.from_dict(values)
 

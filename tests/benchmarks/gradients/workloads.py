@@ -5,11 +5,20 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fisher_ray.models import mlp, paper_cnn
+
+TOKENS = "tests.benchmarks.gradients.workloads:as_tokens"
+"""A run's transform of samples that are numbers of tokens."""
+
+
+def as_tokens(values: np.ndarray, generator: torch.Generator | None) -> Tensor:
+    """Leave integers as they are."""
+    return torch.from_numpy(values)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import fisher_ray
 from fisher_ray.data import plan_units
 from fisher_ray.gradients import Compressor, GradientSketch, ScoreEngine, random_bases
 from fisher_ray.store import ArraySpec, StoreSpec, StoreWriter, create_store, open_features, seal
+from tests.benchmarks.gradients.workloads import TOKENS
 from tests.benchmarks.peers.task import Task
 from tests.benchmarks.peers.work import Work
 
@@ -86,7 +87,7 @@ def _config(work: Work, run: str) -> fisher_ray.Config:
     return fisher_ray.Config.from_dict(
         {
             "output": run,
-            "data": {"root": str(work.folder), **data},
+            "data": {"root": str(work.folder), "transform": TOKENS if work.kind.by_layer else None, **data},
             "model": {
                 "factory": f"{work.kind.factory.__module__}:{work.kind.factory.__name__}",
                 "checkpoint": str(work.folder / "network.safetensors"),

@@ -32,16 +32,9 @@ def cnn() -> nn.Module:
     return paper_cnn().eval()
 
 
-class Reader(Transformer):
-    """The transformer on tokens of any type: a run's samples are floating-point numbers."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens.long())
-
-
 def transformer() -> nn.Module:
     """Return the transformer in eval mode, all but its linear layers frozen: the peers project no others."""
-    model = Reader(num_tokens=NUM_TOKENS, length=LENGTH).eval().requires_grad_(False)
+    model = Transformer(num_tokens=NUM_TOKENS, length=LENGTH).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.requires_grad_(True)
