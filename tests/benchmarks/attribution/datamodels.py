@@ -15,13 +15,13 @@ import argparse
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import fisher_ray
 from fisher_ray.stages.attribution.vectors import label_scores
 from tests.benchmarks.attribution import trak
+from tests.benchmarks.ranks import spearman
 
 NUM_TRAIN, NUM_QUERIES, SUBSET = 1000, 400, 500
 EPOCHS, BATCH, LR = 15, 50, 0.1
@@ -103,10 +103,7 @@ def correlations(attribution: Tensor, members: Tensor, outcome: Tensor) -> np.nd
         outcome: ``(M, Q)``.
     """
     foretold = members.double() @ attribution.double().T
-    ranks = [rankdata(values.numpy(), axis=0) for values in (foretold, outcome)]
-    left, right = (values - values.mean(axis=0) for values in ranks)
-    norms = np.sqrt((left**2).sum(axis=0) * (right**2).sum(axis=0))
-    return (left * right).sum(axis=0) / np.maximum(norms, 1e-12)
+    return spearman(foretold.T.numpy(), outcome.T.numpy())
 
 
 def interval(values: np.ndarray, seed: int = 0) -> str:

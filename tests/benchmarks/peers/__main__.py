@@ -37,6 +37,7 @@ import torch
 from tests.benchmarks.peers.environment import make_environment
 from tests.benchmarks.peers.watching import watch
 from tests.benchmarks.peers.work import EXACT_QUERIES, EXACT_ROWS, KINDS, OWN, prepare
+from tests.benchmarks.ranks import spearman
 
 TIMEOUT_S = 600.0
 SIZES = {"W1": (2560, 128), "W3": (512, 64)}
@@ -124,18 +125,10 @@ def _summary(folder: Path, turns: Mapping[str, list[dict[str, Any]]], rows: int)
             "CPU, s": median(turn["cpu_s"] for turn in each),
             "peak, MB": median(turn["peak_bytes"] for turn in each) / 1e6,
             "stored, bytes/row": each[0]["stored_bytes"] / rows,
-            "correlation, exact": _correlation(products[library][:EXACT_QUERIES, :EXACT_ROWS], exact),
-            **{f"correlation, {other}": _correlation(scores[library], scores[other]) for other in turns},
+            "correlation, exact": float(spearman(products[library][:EXACT_QUERIES, :EXACT_ROWS], exact).mean()),
+            **{f"correlation, {other}": float(spearman(scores[library], scores[other]).mean()) for other in turns},
         }
     return found
-
-
-def _correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Return Spearman's rank correlation, the mean over queries ``(Q, N)``, whichever way up the scores are."""
-    ranks = [np.argsort(np.argsort(values, axis=1), axis=1).astype(float) for values in (left, right)]
-    centred = [values - values.mean(axis=1, keepdims=True) for values in ranks]
-    norms = [np.linalg.norm(values, axis=1) for values in centred]
-    return float(np.mean((centred[0] * centred[1]).sum(axis=1) / (norms[0] * norms[1])))
 
 
 def _print(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 SAMPLE_S = 0.25
 
@@ -46,10 +46,13 @@ def watch(command: Sequence[str], environment: Mapping[str, str], timeout_s: flo
     def sample() -> None:
         nonlocal peak
         while not over.wait(SAMPLE_S):
-            running = _with_children(process.pid)
-            for pid in running:
-                cpu[pid] = max(cpu.get(pid, 0.0), _cpu_seconds(pid))  # zero of one that has just ended
-            peak = max(peak, sum(map(_resident_bytes, running)))
+            held = 0
+            for one in _family(process.pid):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # which has just ended
+                    times = one.cpu_times()
+                    cpu[one.pid] = times.user + times.system
+                    held += one.memory_full_info().pss
+            peak = max(peak, held)
 
     sampling = threading.Thread(target=sample, daemon=True)
     sampling.start()
@@ -65,28 +68,9 @@ def watch(command: Sequence[str], environment: Mapping[str, str], timeout_s: flo
     return Watched(seconds, sum(cpu.values()), peak, output, error, process.returncode)
 
 
-def _with_children(pid: int) -> list[int]:
-    parents = {}
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for each in found:  # which grows meanwhile
-        found += [child for child, parent in parents.items() if parent == each]
-    return found
-
-
-def _resident_bytes(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _cpu_seconds(pid: int) -> float:
-    with contextlib.suppress(OSError):
-        parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+def _family(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it started, if it is still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    return []
