@@ -15,7 +15,7 @@ from fisher_ray.runtime.tree import Node
 from fisher_ray.runtime.watch import PING_S, SILENT_S
 from tests.simulation.actors import DIE, HANG, STOP, Asked, Outcome
 from tests.simulation.driving import let_pass, simulated
-from tests.simulation.sums import Checkpoints, merged
+from tests.simulation.sums import Checkpoints, as_text, merged
 from tests.simulation.world import World
 
 NO = ZeroDivisionError("no")
@@ -118,7 +118,7 @@ def test_what_else_the_worker_has_that_is_ended_is_no_failure():
     overrides = ("runtime.num_workers=2", "runtime.max_attempts=1")
     with simulated(world, behave, None, *overrides, notes=notes) as (pool, _):
         total = pool.reduce("metric", "task", plan_units(32, 2), lambda _: None, probe="probe")
-        assert total.refs[0].value == merged(["[0]", *(f"[{2 * i}, {2 * i + 1}]" for i in range(1, 16))])
+        assert total.refs[0].value == merged(["[0]", *(f"[{2 * i}, {2 * i + 1}]" for i in range(1, 16))], as_text)
         assert total.given.schedule._running == Counter()
         assert not total.given.schedule._alone
 
@@ -257,7 +257,7 @@ def test_a_kept_sum_that_two_cannot_read_is_computed_once():
     with simulated(world, behave, None, "runtime.num_workers=3", notes=notes) as (pool, _):
         kept: Any = Checkpoints(world, 9)
         total = pool.reduce("metric", "task", plan_units(8, 1), lambda _: None, checkpoints=kept)
-        assert total.refs[0].value == merged([f"[{row}]" for row in range(8)])
+        assert total.refs[0].value == merged([f"[{row}]" for row in range(8)], as_text)
     assert len([asked for asked in asked_for if asked.name == "restore"]) == 2
     assert len([asked for asked in asked_for if takes(asked, "task", 0)]) == 1
     assert len([note for note in notes if "a kept sum cannot be read" in note]) == 1
@@ -276,7 +276,7 @@ def test_every_unit_is_heard_of_once_although_sums_are_lost():
         total = pool.reduce("metric", "task", plan_units(4, 1), lambda receipt: heard.append(receipt.unit.index))
         assert sorted(heard) == [0, 1, 2, 3]
         total.refs[0].lost = True
-        assert pool.solo(step, total, threads=1) == f"({merged(['[0]', '[1]', '[2]', '[3]'])})"
+        assert pool.solo(step, total, threads=1) == f"({merged(['[0]', '[1]', '[2]', '[3]'], as_text)})"
     assert lost
     assert sorted(heard) == [0, 1, 2, 3]
 

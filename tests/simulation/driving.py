@@ -13,6 +13,7 @@ from unittest import mock
 
 from fisher_ray.config import Config
 from fisher_ray.runtime import crew, drive, member, passing, pool, resources, starts, watch
+from fisher_ray.runtime.schedule import Schedule
 from tests.integration.runs import digits
 from tests.simulation.actors import Behave, Outcome
 from tests.simulation.world import World
@@ -29,6 +30,18 @@ def let_pass(world: World, given: crew.Crew, seconds: float) -> None:
         given.wait(1.0)
         for late in given.expired():
             given.bury(late, TimeoutError("gone"))
+
+
+@contextmanager
+def watched(schedules: list[Schedule]) -> Iterator[None]:
+    """Put the schedule of every pass into a list."""
+
+    def drive_of(crew: Any, given: Any, *arguments: Any, **options: Any) -> drive.Drive:
+        schedules.append(given.schedule)
+        return drive.Drive(crew, given, *arguments, **options)
+
+    with mock.patch.object(pool, "Drive", drive_of):
+        yield
 
 
 @cache

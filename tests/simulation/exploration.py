@@ -7,18 +7,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 from fisher_ray.data import plan_units
 from fisher_ray.errors import DataError, StorageError, WorkersLostError
 from fisher_ray.records import Receipt, Unit
-from fisher_ray.runtime import pool as pools
-from fisher_ray.runtime.drive import LEFTOVER_S, Drive
+from fisher_ray.runtime.drive import LEFTOVER_S
 from fisher_ray.runtime.isolation import MAX_ROWS
 from fisher_ray.runtime.schedule import Schedule
 from fisher_ray.runtime.worker import IN_FLIGHT
 from tests.simulation.clock import HangError
-from tests.simulation.driving import let_pass, simulated
+from tests.simulation.driving import let_pass, simulated, watched
 from tests.simulation.invariants import BOUNDED, ENDS, BrokenError, check, check_excluded, check_heard, check_sum
 from tests.simulation.invariants import check_written as check_all_written
 from tests.simulation.plan import draw
@@ -87,9 +85,12 @@ class _Run:
         """Run one driver, and return whether no other is needed."""
         world = self._world
         world.log(f"driver {number} starts")
-        watched = mock.patch.object(pools, "Drive", self._watched)
         try:
-            with watched, simulated(world, world.work, world.begin, *self._plan.overrides, check=self._look) as given:
+            overrides = self._plan.overrides
+            with (
+                watched(self._schedules),
+                simulated(world, world.work, world.begin, *overrides, check=self._look) as given,
+            ):
                 self._pass(*given)
         except DriverKilledError:
             world.log(f"driver {number} is killed")
@@ -159,10 +160,6 @@ class _Run:
         check_all_written(found, self._rows("features"))
 
     # -- what is looked at while a driver is at work
-
-    def _watched(self, crew: Any, given: Any, *arguments: Any, **options: Any) -> Drive:
-        self._schedules.append(given.schedule)
-        return Drive(crew, given, *arguments, **options)
 
     def _look(self) -> None:
         """Called as the run's check: ends a driver when its time has come, and sees what is held."""

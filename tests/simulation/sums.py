@@ -1,9 +1,14 @@
-"""Sums as text: of the fixed tree, and those that are kept on the world's storage."""
+"""Sums: of the fixed tree, and those that are kept on the world's storage."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from fisher_ray.runtime.tree import Node
 from tests.simulation.world import World
+
+Sum = TypeVar("Sum")
 
 
 class Checkpoints:
@@ -36,9 +41,13 @@ class Checkpoints:
         return []
 
 
-def merged(sums: list[str]) -> str:
-    """The expression of the fixed tree over some sums."""
+def as_text(pair: list[str]) -> str:
+    """Merge sums that are text."""
+    return f"({'+'.join(pair)})" if len(pair) == 2 else pair[0]
+
+
+def merged(sums: list[Sum], merge: Callable[[list[Sum]], Sum]) -> Sum:
+    """The fixed tree's sum of some, each merge of a pair, or of one that is left over."""
     while len(sums) > 1:
-        pairs = [sums[i : i + 2] for i in range(0, len(sums), 2)]
-        sums = [f"({'+'.join(pair)})" if len(pair) == 2 else pair[0] for pair in pairs]
+        sums = [merge(sums[i : i + 2]) for i in range(0, len(sums), 2)]
     return sums[0]

@@ -95,6 +95,11 @@ class Scenario:
     zone_back_s: float = 120.0
 
     @property
+    def num_units(self) -> int:
+        """Of each pass."""
+        return -(-self.num_rows // self.unit_rows)
+
+    @property
     def ideal_s(self) -> float:
         """What a pass takes if every worker computes all the time."""
         return self.num_rows / self.costs.samples_s / self.num_workers

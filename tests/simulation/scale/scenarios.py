@@ -30,6 +30,10 @@ def troubled(costs: Costs, num_rows: int, unit_rows: int) -> list[Scenario]:
     def other(name: str, **changes: float) -> Scenario:
         return replace(plain, name=name, costs=replace(plain.costs, **changes))
 
+    def slower(ratio: int) -> Scenario:
+        name = f"{costs.samples_s / ratio:,.0f} samples a second, units of {unit_rows // ratio:,} rows"
+        return other(name, samples_s=costs.samples_s / ratio, loss_each_s=costs.loss_each_s)
+
     large = {"samples_s": 100.0, "model_bytes": 4e9, "sum_bytes": 8e9, "solo_s": 600.0}
     return [
         plain,
@@ -40,6 +44,6 @@ def troubled(costs: Costs, num_rows: int, unit_rows: int) -> list[Scenario]:
         other("1 % of units take thrice as long", slow_share=0.01, slow_ratio=3.0),
         other("storage of 50 GB/s, 3,500 requests/s", storage_bytes_s=5e10, storage_requests_s=3500.0),
         other("0.5 ms for a call", call_s=0.0005),
-        other("a quarter of the speed", samples_s=costs.samples_s / 4),
+        *(replace(slower(n), unit_rows=unit_rows // n) for n in (2, 4)),
         replace(other("1e9 parameters", **large), num_rows=num_rows // 10, unit_rows=unit_rows // 4),
     ]

@@ -14,6 +14,7 @@ from tests.simulation.actors import Actor, Asked, Outcome
 from tests.simulation.machines import Fleet, Machine
 from tests.simulation.scale.costs import Scenario
 from tests.simulation.scale.lines import Line, Network, ObjectStorage, move
+from tests.simulation.sums import Checkpoints
 from tests.simulation.world import World
 
 PRIME = 2**61 - 1
@@ -190,33 +191,18 @@ class Costly(World):
                 self._lose(machine, back_s)
 
 
-class KeptSums:
-    """Sums on the world's storage, which threads of the driver's list and remove."""
+class KeptSums(Checkpoints):
+    """Sums on the world's storage, which threads of the driver's remove."""
 
-    def __init__(self, world: Costly, every_units: int) -> None:
-        self._world, self._level = world, (every_units - 1).bit_length()
-
-    def found(self) -> list[Node]:
-        return []
-
-    def place(self, node: Node) -> Node | None:
-        return node if node.level >= self._level else None
-
-    def url(self, node: Node) -> Node:
-        return node
+    _world: Costly
 
     def remove(self, nodes: list[Node]) -> None:
         world = self._world
         world.enter()
         world.counts["removed"] += len(nodes)
         world.charge(len(nodes) * world.costs.remove_s)
-        for node in nodes:
-            world.storage.pop(node, None)
+        super().remove(nodes)
         world.leave()
-
-    def settle(self) -> list[str]:
-        """What is left goes with its folder."""
-        return []
 
 
 def joined(sums: list[tuple[int, int]]) -> tuple[int, int]:
@@ -225,10 +211,3 @@ def joined(sums: list[tuple[int, int]]) -> tuple[int, int]:
         return sums[0]
     (rows, mark), (other_rows, other_mark) = sums
     return rows + other_rows, (31 * mark + 17 * other_mark) % PRIME
-
-
-def whole(sums: list[tuple[int, int]]) -> tuple[int, int]:
-    """The fixed tree's sum."""
-    while len(sums) > 1:
-        sums = [joined(sums[i : i + 2]) for i in range(0, len(sums), 2)]
-    return sums[0]
