@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fisher_ray.classifier.batches import MICRO_BATCH, as_batch, to_like
+from fisher_ray.config import ScoresConfig
 from fisher_ray.errors import RequestError
 from fisher_ray.gradients import Compressor, ScoreEngine, bucketed, likelihood_of, precision_of
 from fisher_ray.metric import LowRankMetric
@@ -44,15 +45,16 @@ class FeatureMap:
             )
         precision = precision_of(metric.attributes.get("precision", "float32"))
         parameters = metric.attributes.get("parameters", "*")
-        self._buckets: tuple[int, int] | None = tuple(metric.attributes.get("class_buckets") or ()) or None
-        made = bucketed(likelihood_of(likelihood), self._buckets)
+        buckets = metric.attributes.get("class_buckets")
+        self._scores = ScoresConfig(class_buckets=None if buckets is None else buckets[0])
+        made = bucketed(likelihood_of(likelihood), buckets)
         self._engine = ScoreEngine(model, parameters, made, precision)
         self._compressors: dict[tuple[torch.dtype, torch.device], Compressor] = {}
         self._compressor()  # refuses another network
 
     def num_scores(self, num_classes: int) -> int:
         """Return how many scores a sample of so many classes has: fewer with buckets."""
-        return num_classes if self._buckets is None else min(num_classes, self._buckets[0])
+        return self._scores.num_scores(num_classes)
 
     def _compressor(self) -> Compressor:
         """Return what compresses where the network is now, made once and kept."""

@@ -95,8 +95,8 @@ class Config(Section):
         return self.metric.labels or self.scores.labels
 
     @property
-    def class_buckets(self) -> tuple[int, int] | None:
-        """How many buckets of classes there are, and their seed; or None."""
+    def bucketing(self) -> tuple[int, int] | None:
+        """How many buckets of classes are asked for, and their seed; or None."""
         return None if self.scores.class_buckets is None else (self.scores.class_buckets, self.seed)
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ class ClassBuckets(Softmax):
         return self._signs[key]
 
 
-def bucketed(likelihood: Likelihood, buckets: tuple[int, int] | None) -> Likelihood:
+def bucketed(likelihood: Likelihood, buckets: Sequence[int] | None) -> Likelihood:
     """Return a likelihood whose classes share buckets, or itself.
 
     Args:
@@ -72,7 +74,8 @@ def bucketed(likelihood: Likelihood, buckets: tuple[int, int] | None) -> Likelih
         raise RequestError(
             f"class_buckets are of classes, not of a {type(likelihood).__name__} likelihood. Leave them out."
         )
-    return ClassBuckets(*buckets)
+    num_buckets, seed = buckets
+    return ClassBuckets(num_buckets, seed)
 
 
 def bucket_signs(num_classes: int, num_buckets: int, seed: int) -> Tensor:

@@ -77,7 +77,7 @@ class Pass:
     durations_s: dict[str, deque[float]] = field(default_factory=dict)
     failure: FisherRayError | None = None
     failed_s: float = 0.0
-    _slow_s: dict[str, float] = field(default_factory=dict)
+    _slow_s: dict[str, float] = field(default_factory=dict, init=False)
 
     def fail(self, failure: FisherRayError) -> None:
         """Take note that the pass cannot end well; what is under way may end before."""

@@ -175,8 +175,8 @@ def fit_metric(bench: Workbench, sums: Arrays, *, fingerprints: dict[str, Any]) 
     attributes = {"fingerprints": fingerprints, "parameters": bench.engine.selection, **settings}
     attributes |= {"labels": config.scores.labels, "metric_labels": config.metric_labels}
     attributes["precision"] = config.scores.precision
-    if config.class_buckets is not None:
-        attributes["class_buckets"] = [*config.class_buckets]
+    if config.bucketing is not None:
+        attributes["class_buckets"] = [*config.bucketing]
     metric = LowRankMetric(bench.bases, parts, layers, attributes)
     metric.save(bench.url("metric.zarr"))
     return {

@@ -165,7 +165,7 @@ class Workbench:
 
 def score_engine(config: Config, model: nn.Module, graph_batch: int | None = None) -> ScoreEngine:
     """Return what computes the scores that a run asks for; ``graph_batch`` as of the engine."""
-    scores, likelihood = config.scores, bucketed(Softmax(), config.class_buckets)
+    scores, likelihood = config.scores, bucketed(Softmax(), config.bucketing)
     return ScoreEngine(model, scores.parameters, likelihood, precision_of(scores.precision), graph_batch)
 
 
